@@ -1,0 +1,16 @@
+"""The two ways in which the suite says no."""
+
+
+class UserError(Exception):
+    """Bad input: one line that names what is wrong, where, and what is allowed. The command line exits with 2."""
+
+
+class RunFailed(Exception):
+    """A run that started and could not end (non-finite loss, a broken picture): recorded in `failure.json`, exit 1."""
+
+
+class Interrupted(Exception):
+    """A run that was told to stop, has saved its state and wants to be resumed. Exit code `RESUME_ME`."""
+
+
+RESUME_ME = 75  # EX_TEMPFAIL of sysexits.h: "try again later"

@@ -1,0 +1,274 @@
+"""Run folders: the only code that writes or reads them.
+
+Invariant: a reader never sees half a file. Every file but the two append-only logs is written to a temporary name in the
+same folder, flushed to the disk and renamed. `result.json` is written last: its presence means that the run is done.
+A run is claimed by one process at a time through `claim.json`; a claim of a dead process is taken over, so a killed job
+holds nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sdae.config import Config, dump, parse, read_yaml, run_id
+from sdae.errors import UserError
+
+FORMAT = 1
+GRACE_SECONDS = 300.0  # a heartbeat older than this, from another machine, is that of a lost run
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """The whole file or none of it, also after a power cut. Errors name the file and leave nothing behind."""
+    data = content.encode() if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes a rename durable; not every file system lets a folder be opened, and then there is nothing to do."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def to_json(value: Any) -> str:
+    return json.dumps(value, indent=1, sort_keys=False, allow_nan=False, default=str) + "\n"
+
+
+def read_json(path: Path) -> Any:
+    """The content, or None where the file is absent or torn (a copy cut off by something other than us)."""
+    try:
+        return json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+
+
+class RunFolder:
+    """`STORE/ID/`. Reading never needs the folder to exist."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.id = path.name
+        self.checkpoints = path / "checkpoints"
+        self.log = path / "log.txt"
+        self.metrics_file = path / "metrics.jsonl"
+
+    # What it holds
+    def config(self) -> Config | None:
+        file = self.path / "config.yaml"
+        return parse(read_yaml(file), str(file)) if file.exists() else None
+
+    def result(self) -> dict[str, Any] | None:
+        return read_json(self.path / "result.json")  # type: ignore[no-any-return]
+
+    def failure(self) -> dict[str, Any] | None:
+        return read_json(self.path / "failure.json")  # type: ignore[no-any-return]
+
+    def heartbeat(self) -> dict[str, Any] | None:
+        return read_json(self.path / "heartbeat.json")  # type: ignore[no-any-return]
+
+    def provenance(self) -> dict[str, Any] | None:
+        return read_json(self.path / "provenance.json")  # type: ignore[no-any-return]
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl; a torn last line is left out."""
+        rows = []
+        with contextlib.suppress(FileNotFoundError):
+            for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(ValueError):
+                    rows.append(json.loads(line))
+        return rows
+
+    @property
+    def done(self) -> bool:
+        return (self.path / "result.json").exists()
+
+    def state(self) -> str:
+        """done | failed | running | started (stopped before its end, resumable) | new."""
+        if self.done:
+            return "done"
+        if self.claimed():
+            return "running"
+        if (self.path / "failure.json").exists():
+            return "failed"
+        return "started" if (self.path / "config.yaml").exists() else "new"
+
+    # Writing
+    def create(self, config: Config) -> None:
+        """Makes the folder and writes `config.yaml` once. An existing folder must be of the same run."""
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written: {error.strerror or error}") from error
+        if run_id(config) != self.id:
+            raise UserError(f"{self.path}: this config is {run_id(config)}, not {self.id}")
+        if not (self.path / "config.yaml").exists():
+            write_atomically(self.path / "config.yaml", yaml.safe_dump(dump(config), sort_keys=False))
+
+    def write(self, name: str, value: Any) -> None:
+        write_atomically(self.path / name, to_json(value))
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """The run is done: result first, then what an earlier failure left."""
+        self.write("result.json", result)
+        (self.path / "failure.json").unlink(missing_ok=True)
+
+    def fail(self, kind: str, message: str, traceback: str = "") -> None:
+        before = self.failure() or {}
+        attempt = int(before.get("attempt", 0)) + 1
+        self.write(
+            "failure.json",
+            {"class": kind, "message": message, "traceback": traceback, "attempt": attempt, "time": time.time()},
+        )
+
+    def forget_failure(self) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            (self.path / "failure.json").rename(self.path / "failure.previous.json")
+
+    def append_metrics(self, row: dict[str, Any]) -> None:
+        with open(self.metrics_file, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row, allow_nan=False) + "\n")
+
+    def truncate_metrics(self, step: int) -> None:
+        """Forgets rows after `step`, so that a resumed run writes each row once."""
+        if self.metrics_file.exists():
+            rows = [row for row in self.metrics() if row.get("step", 0) <= step]
+            write_atomically(self.metrics_file, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+
+    # One process at a time
+    def claimed(self) -> dict[str, Any] | None:
+        """The living claim on this run, if any."""
+        claim = read_json(self.path / "claim.json")
+        return claim if claim and self._alive(claim) else None
+
+    def _alive(self, claim: dict[str, Any]) -> bool:
+        if claim.get("host") == socket.gethostname():
+            return process_start(int(claim["pid"])) == claim["started"]
+        heartbeat = self.heartbeat() or {}
+        return time.time() - max(claim["time"], heartbeat.get("time", 0.0)) < GRACE_SECONDS
+
+    @contextlib.contextmanager
+    def claim(self) -> Iterator[bool]:
+        """True where this process now owns the run; False where another living one does."""
+        token = uuid.uuid4().hex
+        mine = {
+            "host": socket.gethostname(), "pid": os.getpid(), "started": process_start(os.getpid()),
+            "time": time.time(), "token": token,
+        }  # fmt: skip
+        file, fresh = self.path / "claim.json", self.path / f".claim.{token}.tmp"
+        fresh.write_text(to_json(mine))
+        owned = False
+        try:
+            for _ in range(3):
+                try:
+                    os.link(fresh, file)  # fails where a claim exists, on NFS too
+                    owned = True
+                    break
+                except FileExistsError:
+                    other = read_json(file)
+                    if other and self._alive(other):
+                        break
+                    # Dead. Whoever renames this very claim away may try again; the loser finds it gone or changed.
+                    grave = self.path / f".claim.{token}.dead"
+                    with contextlib.suppress(FileNotFoundError):
+                        os.rename(file, grave)
+                        taken = read_json(grave)
+                        if taken and other and taken.get("token") != other.get("token"):
+                            with contextlib.suppress(FileExistsError):
+                                os.link(grave, file)  # a living claim, made in between: give it back
+                        grave.unlink(missing_ok=True)
+            yield owned
+        finally:
+            fresh.unlink(missing_ok=True)
+            if owned and (read_json(file) or {}).get("token") == token:
+                file.unlink(missing_ok=True)
+
+
+def process_start(pid: int) -> str | None:
+    """When a process of this machine began (so that a reused pid is not taken for the old process), or None."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if fields[0] in ("Z", "X") else fields[19]
+    except (OSError, IndexError):
+        if os.path.isdir("/proc/self"):
+            return None
+        try:  # no /proc (macOS): a pid is all there is
+            os.kill(pid, 0)
+            return "alive"
+        except OSError:
+            return None
+
+
+class Store:
+    """The folder of run folders. An absent or empty folder is an empty store."""
+
+    def __init__(self, root: str | Path = "runs"):
+        self.root = Path(root)
+        if self.root.exists() and not self.root.is_dir():
+            raise UserError(f"{self.root}: the store must be a folder")
+
+    def run(self, identity: str) -> RunFolder:
+        if "/" in identity or identity.startswith("."):
+            raise UserError(f"{identity!r} is not a run's id")
+        return RunFolder(self.root / identity)
+
+    def ids(self) -> list[str]:
+        """Ids of the run folders, sorted."""
+        try:
+            with os.scandir(self.root) as entries:
+                return sorted(e.name for e in entries if not e.name.startswith(".") and "-" in e.name and e.is_dir())
+        except FileNotFoundError:
+            return []
+
+    def open(self) -> None:
+        """Creates the store and proves that it can be written, before anything is computed."""
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.root}: the store cannot be made: {error.strerror or error}") from error
+        probe = self.root / f".probe.{uuid.uuid4().hex[:8]}"
+        try:
+            with open(probe, "wb") as file:
+                file.write(b"\0" * 65536)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise UserError(f"{self.root}: the store cannot be written: {error.strerror or error}") from error
+        finally:
+            with contextlib.suppress(OSError):
+                probe.unlink(missing_ok=True)
+
+    def find(self, prefix: str) -> RunFolder:
+        """A run by its id or by a unique beginning of it."""
+        matches = [i for i in self.ids() if i == prefix] or [i for i in self.ids() if i.startswith(prefix)]
+        if len(matches) != 1:
+            what = "no run" if not matches else f"{len(matches)} runs ({', '.join(matches[:4])}, ..)"
+            raise UserError(f"{self.root}: {what} named {prefix!r}")
+        return self.run(matches[0])
+
+    def remove(self, identity: str) -> None:
+        shutil.rmtree(self.run(identity).path)
