@@ -1,0 +1,135 @@
+"""The ViT encoder, on timm's blocks and under timm's parameter names."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import torch
+from timm.layers import PatchEmbed
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sdae.config import Model
+
+LayerNorm = partial(nn.LayerNorm, eps=1e-6)
+
+
+def sincos_positions(width: int, side: int) -> Tensor:
+    """Fixed 2-D sin-cos positions (1, 1 + side^2, width); the cls position is zero.
+
+    The first half of the channels encodes the column, the second half the row; in each, sines then cosines with
+    omega_i = 10000^(-i / (width / 4)).
+    """
+    omega = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width / 4))
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * omega
+    axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, width / 2)
+    column, row = axis.repeat(side, 1), axis.repeat_interleave(side, dim=0)
+    grid = torch.cat([column, row], dim=1)
+    return torch.cat([torch.zeros(1, width, dtype=torch.float64), grid])[None].float()
+
+
+def patchify(images: Tensor, patch: int) -> Tensor:
+    """(B, C, H, W) -> (B, L, C * patch^2), patches in raster order, channels first inside a patch."""
+    batch, channels, height, width = images.shape
+    grid = images.reshape(batch, channels, height // patch, patch, width // patch, patch)
+    return grid.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * patch * patch)
+
+
+def gather(tokens: Tensor, ids: Tensor) -> Tensor:
+    """Rows `ids` (B, n) of tokens (B, L, C) or (1, L, C): (B, n, C)."""
+    index = ids[:, :, None].expand(-1, -1, tokens.shape[2])
+    return tokens.expand(ids.shape[0], -1, -1).gather(1, index)
+
+
+def run_block(block: Block, x: Tensor, drop: Tensor | None) -> Tensor:
+    """One pre-norm block. `drop` (2, B): the stochastic-depth factors of its two residual branches, 0 or 1 / (1 - p)."""
+    if drop is None:
+        x = x + block.ls1(block.attn(block.norm1(x)))
+        return x + block.ls2(block.mlp(block.norm2(x)))
+    x = x + block.ls1(block.attn(block.norm1(x))) * drop[0, :, None, None].to(x.dtype)
+    return x + block.ls2(block.mlp(block.norm2(x))) * drop[1, :, None, None].to(x.dtype)
+
+
+def drop_path_rates(rate: float, depth: int) -> list[float]:
+    """Stochastic depth rises linearly from 0 to `rate` over the blocks."""
+    return [rate * i / max(depth - 1, 1) for i in range(depth)]
+
+
+class Encoder(nn.Module):
+    """Patch embedding, cls token, pre-norm blocks, final LayerNorm. Position is added before tokens are picked."""
+
+    def __init__(self, model: Model, image_size: int):
+        super().__init__()
+        assert model.width and model.depth and model.heads and model.patch_size and model.mlp_ratio
+        self.width, self.patch = model.width, model.patch_size
+        self.side = image_size // model.patch_size
+        self.patch_embed = PatchEmbed(image_size, self.patch, model.channels, self.width, strict_img_size=False)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, self.width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.side**2, self.width))
+        self.blocks = nn.ModuleList(
+            Block(self.width, model.heads, model.mlp_ratio, qkv_bias=True, norm_layer=LayerNorm)
+            for _ in range(model.depth)
+        )
+        self.norm = LayerNorm(self.width)
+
+    @property
+    def tokens(self) -> int:
+        """L, the number of patches of a picture."""
+        return self.side**2
+
+    def embed(self, patches: Tensor, ids: Tensor | None = None) -> Tensor:
+        """Embeds the patches (B, L, C p^2) named by `ids` (B, n), or all of them, and adds their positions."""
+        projection = self.patch_embed.proj
+        weight = projection.weight.flatten(1)
+        if ids is None:
+            return F.linear(patches, weight, projection.bias) + self.pos_embed[:, 1:]
+        return F.linear(gather(patches, ids), weight, projection.bias) + gather(self.pos_embed[:, 1:], ids)
+
+    def encode(self, tokens: Tensor, drop: Tensor | None = None, norm: bool = True) -> Tensor:
+        """Puts the cls token in front of each row (B, n, D) and runs the blocks: (B, 1 + n, D). drop: (depth, 2, B)."""
+        cls = self.cls_token + self.pos_embed[:, :1]
+        x = torch.cat([cls.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens], dim=1)
+        for i, block in enumerate(self.blocks):
+            x = run_block(block, x, None if drop is None else drop[i])
+        return self.norm(x) if norm else x
+
+    def forward(self, images: Tensor, drop: Tensor | None = None) -> Tensor:
+        """All tokens of whole pictures (B, C, H, W): (B, 1 + L, D)."""
+        return self.encode(self.embed(patchify(images, self.patch)), drop)
+
+    def init_sincos(self) -> None:
+        """The student's initialization: xavier-uniform and sin-cos positions."""
+        self.pos_embed.data.copy_(sincos_positions(self.width, self.side))
+        init_xavier(self)
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.data.view(self.width, -1))
+        init_conv_bias(self.patch_embed.proj)
+        nn.init.normal_(self.cls_token, std=0.02)
+
+    def init_timm(self) -> None:
+        """timm's own initialization: what the teacher and a network trained from scratch start from."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        self.patch_embed.proj.reset_parameters()
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+
+
+def init_xavier(module: nn.Module) -> None:
+    """Xavier-uniform for every Linear (a fused qkv as one matrix), bias 0; LayerNorm 1 and 0."""
+    for child in module.modules():
+        if isinstance(child, nn.Linear):
+            nn.init.xavier_uniform_(child.weight)
+            nn.init.zeros_(child.bias)
+        elif isinstance(child, nn.LayerNorm):
+            child.reset_parameters()
+
+
+def init_conv_bias(conv: nn.Conv2d) -> None:
+    """PyTorch's Conv2d default for the bias."""
+    bound = 1 / math.sqrt(conv.weight[0].numel())
+    assert conv.bias is not None
+    nn.init.uniform_(conv.bias, -bound, bound)

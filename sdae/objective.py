@@ -1,0 +1,37 @@
+"""Target normalization, similarity and the pixel loss (paper section 2.1)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+EPSILON = 1e-6
+
+
+def normalize(features: Tensor) -> Tensor:
+    """Eq. (3): zero mean, unit variance over the last axis; the variance is unbiased. Any shape (..., C)."""
+    variance, mean = torch.var_mean(features, dim=-1, keepdim=True, correction=1)
+    return (features - mean) * (variance + EPSILON).rsqrt()
+
+
+def similarity_axis(similarity: str, full: bool) -> int:
+    """The axis of (rows, tokens, channels) that the cosine runs over.
+
+    `tokens` is Eq. (4), which sums over patches; `channels` compares token by token; `authors` is what the authors'
+    programme does: channels for the full image, tokens for every other view.
+    """
+    return 2 if similarity == "channels" or (similarity == "authors" and full) else 1
+
+
+def cosine_loss(prediction: Tensor, target: Tensor, axis: int) -> Tensor:
+    """1 - mean cosine similarity of (rows, tokens, channels), in float32. Eq. (4)."""
+    prediction, target = prediction.float(), target.float()
+    dot = torch.linalg.vecdot(prediction, target, dim=axis)
+    norms = torch.linalg.vector_norm(prediction, dim=axis) * torch.linalg.vector_norm(target, dim=axis)
+    return 1 - (dot / norms.clamp_min(1e-8)).mean()
+
+
+def pixel_loss(prediction: Tensor, pixels: Tensor, normalized: bool) -> Tensor:
+    """MAE's loss: mean squared error over masked patches (B, tokens, patch_size^2 * channels), in float32."""
+    pixels = pixels.float()
+    return torch.nn.functional.mse_loss(prediction.float(), normalize(pixels) if normalized else pixels)

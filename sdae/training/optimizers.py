@@ -1,0 +1,63 @@
+"""Optimizers, parameter groups and schedules (paper section 3, recipes of MAE and of the authors' release)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+
+def adamw(
+    model: nn.Module, lr: float, weight_decay: float, betas: Sequence[float], eps: float = 1e-8
+) -> torch.optim.AdamW:
+    """AdamW over what is trained; no decay on parameters of one dimension."""
+    return torch.optim.AdamW(
+        parameter_groups(model, weight_decay), lr=lr, betas=(betas[0], betas[1]), eps=eps, fused=True
+    )
+
+
+def parameter_groups(
+    model: nn.Module, weight_decay: float, layer_decay: float | None = None, depth: int = 0
+) -> list[dict[str, object]]:
+    """Groups by weight decay and, in fine-tuning, by layer.
+
+    Layer i's learning rate is scaled by layer_decay^(depth + 1 - i): patch, cls and position are layer 0, block b is
+    layer b + 1, what comes behind the blocks is layer depth + 1. With layer decay, cls and position do not decay either.
+    """
+    groups: dict[tuple[float, float], dict[str, object]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        tuned = layer_decay is not None
+        plain = parameter.dim() <= 1 or (tuned and name in ("cls_token", "pos_embed"))
+        decay = 0.0 if plain else weight_decay
+        scale = layer_decay ** (depth + 1 - layer_of(name, depth)) if layer_decay is not None else 1.0
+        group = groups.setdefault((decay, scale), {"params": [], "weight_decay": decay, "lr_scale": scale})
+        group["params"].append(parameter)  # type: ignore[attr-defined]
+    return list(groups.values())
+
+
+def layer_of(name: str, depth: int) -> int:
+    if name.startswith(("patch_embed.", "cls_token", "pos_embed")):
+        return 0
+    if name.startswith("blocks."):
+        return int(name.split(".")[1]) + 1
+    return depth + 1
+
+
+def learning_rate(t: float, *, peak: float, epochs: float, warmup: float, minimum: float) -> float:
+    """At t = epoch + step / steps_per_epoch: linear from 0 to `peak` over the warm-up, then a cosine to `minimum`."""
+    if t < warmup:
+        return peak * t / warmup
+    if epochs <= warmup:
+        return peak
+    return minimum + (peak - minimum) * 0.5 * (1 + math.cos(math.pi * (t - warmup) / (epochs - warmup)))
+
+
+def ema_momentum(epoch: int, *, start: float, end: float | None, epochs: int) -> float:
+    """The teacher's momentum in an epoch: a cosine over the epochs from `start` towards `end`, never reached."""
+    if end is None:
+        return start
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
