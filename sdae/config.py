@@ -232,9 +232,12 @@ class Head(Strict):
 
 
 class Cost(Strict):
+    """A cost run: batch per device, interleaved repeats of so many steps; `pictures` make an epoch (ImageNet-1k's)."""
+
     batch_size: Positive = 96
     repeats: Positive = 10
     steps: Positive = 5
+    pictures: Positive = 1_281_167
 
 
 class Efficiency(Strict):
@@ -252,12 +255,14 @@ class Efficiency(Strict):
 
 
 class Probe(Strict):
-    """Online kNN classification on the student's features during pre-training: off the gradient, changes no number."""
+    """What only looks on: a kNN classification on the student's features every so many epochs of pre-training, an
+    evaluation every so many epochs of fine-tuning. Off the gradient, changes no number."""
 
     knn_every: Positive | None = None
     k: Positive = 20
     temperature: Annotated[float, Field(gt=0)] = 0.07
     pictures: Positive = 5000
+    eval_every: Positive | None = None
 
 
 class Run(Strict):
@@ -358,6 +363,11 @@ class CostRun(_Masked):
     stage: Literal["cost"] = "cost"
     model: Model = Model(decoder_depth=8, decoder_dim=512, decoder_heads=16, drop_path=0.25)
     cost: Cost = Cost()
+
+    @model_validator(mode="after")
+    def _random_pictures(self) -> CostRun:
+        object.__setattr__(self, "data", Data(image_size=self.data.image_size))
+        return self
 
 
 class _Classify(Run):

@@ -39,6 +39,21 @@ def parameter_groups(
     return list(groups.values())
 
 
+def lars(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """LARS (You et al. 2017) with momentum 0.9 and trust 0.001; the trust ratio adapts tensors of more than one dimension.
+
+    timm adapts nothing at weight decay 0 unless told to (`always_adapt`).
+    """
+    from timm.optim.lars import Lars
+
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() > 1], "weight_decay": weight_decay, "always_adapt": True},
+        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0, "always_adapt": False},
+    ]
+    return Lars([g for g in groups if g["params"]], lr=lr, momentum=0.9, trust_coeff=0.001)  # type: ignore[no-any-return]
+
+
 def layer_of(name: str, depth: int) -> int:
     if name.startswith(("patch_embed.", "cls_token", "pos_embed")):
         return 0

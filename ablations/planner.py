@@ -1,0 +1,287 @@
+"""From artifacts to a sweep: every run once, needs before dependants, each with the cells that it feeds."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ablations.artifact import Artifact, Cell, Column, Row, available, load_artifact
+from ablations.scale import (
+    PAPER_PICTURES,
+    PAPER_TOKENS,
+    SNAPSHOTS,
+    Scale,
+    load_scale,
+    recipes,
+    scale_epochs,
+    scale_momentum,
+    scale_tokens,
+    tidy,
+)
+from sdae.config import Config, Data, Model, count_masked, merge, parse, run_id
+from sdae.errors import UserError
+
+__all__ = ["Artifact", "Cell", "Column", "PlannedRun", "Row", "Sweep", "available", "load_artifact", "plan"]
+
+Values = Mapping[str, Any]
+SHAPE = ("arch", "width", "depth", "heads", "mlp_ratio", "patch_size", "channels")
+
+
+@dataclass
+class PlannedRun:
+    """`paper` holds, by key, the paper's value of every number that the scale changed (momentum, epochs, tokens)."""
+
+    id: str
+    config: Config
+    needs: tuple[str, ...]
+    feeds: list[str] = field(default_factory=list)
+    paper: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Sweep:
+    """`runs` in topological order. `requested`: runs summed over the artifacts, needs included, before they share any.
+
+    `provisional`: the pictures were not found, so ids are not those which the runs will have.
+    """
+
+    scale: Scale
+    artifacts: list[Artifact]
+    runs: dict[str, PlannedRun]
+    cells: dict[str, list[tuple[int, str]]]
+    requested: int
+    provisional: bool = False
+
+    @property
+    def unique(self) -> int:
+        return len(self.runs)
+
+
+def plan(
+    artifacts: Sequence[str | Path] = (),
+    scale: str | Path | Scale = "smoke",
+    seeds: Sequence[int] = (0,),
+    *,
+    fingerprint: str | None = None,
+    data_path: str | None = None,
+) -> Sweep:
+    """The sweep of some artifacts (none given: all of the suite's) at one scale.
+
+    fingerprint: that of the scale's pictures, where they are not on this machine. data_path: where they lie.
+    """
+    scale = load_scale(scale)
+    if data_path is not None:
+        scale = scale.model_copy(update={"data": {**scale.data, "path": data_path}})
+    for index, seed in enumerate(seeds):
+        if seed in seeds[:index]:
+            raise UserError(f"seeds: {seed} is given twice")
+    if not seeds:
+        raise UserError("seeds: at least one is needed, e.g. 0,1,2")
+    loaded: dict[str, Artifact] = {}
+    for name in artifacts or available():
+        artifact = load_artifact(name, scale)
+        if artifact.name in loaded:
+            other = loaded[artifact.name].path
+            raise UserError(f"two artifacts are named {artifact.name!r}: {other} and {artifact.path}")
+        loaded[artifact.name] = artifact
+    return _Planner(scale, tuple(seeds), fingerprint).plan(list(loaded.values()))
+
+
+class _Planner:
+    def __init__(self, scale: Scale, seeds: tuple[int, ...], fingerprint: str | None):
+        self.scale, self.seeds = scale, seeds
+        self.fingerprints: dict[str, str | None] = {}
+        if fingerprint is not None:
+            self.fingerprints[_pictures(Data.model_validate(scale.data))] = fingerprint
+        self.runs: dict[str, PlannedRun] = {}
+        self.resolved: dict[str, PlannedRun] = {}
+
+    def plan(self, artifacts: list[Artifact]) -> Sweep:
+        cells: dict[str, list[tuple[int, str]]] = {}
+        requested = 0
+        for artifact in artifacts:
+            mine: dict[str, tuple[str, PlannedRun]] = {}
+            for cell, (name, specs) in artifact.specs.items():
+                where = f"{artifact.path}: rows.{artifact.cells[cell].row}.runs"
+                for seed in self.seeds:
+                    run = self._resolve(name, specs, seed, where, ())
+                    self._check_distinct(cell, run, mine)
+                    cells.setdefault(cell, []).append((seed, run.id))
+                    requested += self._feed(run, cell, mine)
+        provisional = None in self.fingerprints.values()
+        return Sweep(self.scale, artifacts, self.runs, cells, requested, provisional)
+
+    def _feed(self, run: PlannedRun, cell: str, mine: dict[str, tuple[str, PlannedRun]]) -> int:
+        """Notes that a run and its needs feed a cell; how many of them are new to the artifact."""
+        new = sum(self._feed(self.runs[need], cell, mine) for need in run.needs if need in self.runs)
+        planned = self.runs.setdefault(run.id, run)
+        if cell not in planned.feeds:
+            planned.feeds.append(cell)
+        new += run.id not in mine
+        mine.setdefault(run.id, (cell, run))
+        return new
+
+    def _check_distinct(self, cell: str, run: PlannedRun, mine: Mapping[str, tuple[str, PlannedRun]]) -> None:
+        """Arms that differ in the paper must not become one run at this scale."""
+        if run.id in mine:
+            other_cell, other = mine[run.id]
+            for key in sorted(run.paper.keys() | other.paper.keys()):
+                if run.paper.get(key) != other.paper.get(key):
+                    raise UserError(
+                        f"scale {self.scale.name}: {other_cell} and {cell} become the same run: {key} is "
+                        f"{other.paper.get(key)} and {run.paper.get(key)} in the paper"
+                    )
+
+    def _resolve(self, name: str, specs: Mapping[str, Any], seed: int, where: str, path: tuple[str, ...]) -> PlannedRun:
+        if name in path:
+            raise UserError(f"{where}: {' -> '.join((*path[path.index(name) :], name))}: these runs need each other")
+        spec = specs[name]
+        key = json.dumps([name, specs, seed], sort_keys=True, default=str)
+        if key in self.resolved:
+            return self.resolved[key]
+        where_here = f"{where}.{name}"
+        needs: list[PlannedRun] = []
+        external: tuple[str, ...] = ()
+        init = spec.get("init")
+        if isinstance(init, dict) and init.get("run") is not None:
+            target = str(init["run"])
+            if target in specs:
+                needs.append(self._resolve(target, specs, seed, where, (*path, name)))
+            elif re.fullmatch(r"pretrain-[0-9a-f]{16}", target):
+                external = (target,)
+            else:
+                there = ", ".join(specs)
+                raise UserError(f"{where_here}.init.run: no run {target!r} (there are: {there}, or a run's id)")
+        values, paper = self._scaled(spec, needs[0] if needs else None, where_here)
+        values["seed"] = seed
+        config = self._fingerprinted(parse(values, where_here))
+        run = PlannedRun(run_id(config), config, (*(n.id for n in needs), *external), [], paper)
+        for need in needs:
+            self.runs.setdefault(need.id, need)
+        self.resolved[key] = run
+        return run
+
+    def _scaled(self, spec: Values, need: PlannedRun | None, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """A spec in the paper's terms as a config at this scale, and the paper's values of what the scale changed."""
+        name = spec.get("recipe")
+        if name not in recipes():
+            raise UserError(f"{where}.recipe: {name!r} is unknown (allowed: {', '.join(recipes())})")
+        own = {k: v for k, v in spec.items() if k != "recipe"}
+        for key, option in (("seed", "--seeds"), ("scale", "--scale")):
+            if key in own:
+                raise UserError(f"{where}.{key}: is set by {option}, not by an artifact")
+        recipe = recipes()[name]
+        values = merge(merge(recipe, self.scale.part()), self.scale.recipes.get(name, {}))
+        if need is not None:  # the network is that of the pre-training
+            values = merge(values, {"model": {k: getattr(need.config.model, k) for k in SHAPE}})
+        values = merge(values, own)
+        paper: dict[str, Any] = {}
+        try:
+            epochs, epochs_here = self._length(values, paper)
+            if values.get("method") is not None and "optim" in values:
+                batch_paper = merge(recipe, own)["optim"]["batch_size"]
+                self._momentum(values, epochs, epochs_here, batch_paper, paper)
+            if values.get("method") is not None:
+                self._tokens(values, paper)
+            if need is not None:
+                values["init"] = self._init(values["init"], need, paper)
+        except (TypeError, AttributeError, KeyError):
+            pass  # a value of the wrong type: parse() says which
+        except UserError as error:
+            raise UserError(f"{where}.{error}") from None
+        return values, paper
+
+    def _length(self, values: dict[str, Any], paper: dict[str, Any]) -> tuple[int, int]:
+        """Epochs by the scale's factor; warm-up keeps its share of them."""
+        if "optim" not in values:
+            return 1, 1
+        optim = dict(values["optim"])
+        epochs = optim["epochs"]
+        here = scale_epochs(epochs, getattr(self.scale.epochs, values["stage"]))
+        warmup = optim.get("warmup_epochs", 0)
+        if isinstance(warmup, str):
+            match = re.fullmatch(r"(\d+(?:\.\d+)?) ?%", warmup)
+            if not match:
+                raise UserError(
+                    f"optim.warmup_epochs: {warmup!r} (allowed: a number of epochs, or a share such as 20%)"
+                )
+            warmup = float(match[1]) * epochs / 100
+        optim["epochs"], optim["warmup_epochs"] = here, tidy(warmup * here / epochs)
+        if here != epochs:
+            paper |= {"optim.epochs": epochs, "optim.warmup_epochs": warmup}
+        values["optim"] = optim
+        return epochs, here
+
+    def _momentum(
+        self, values: dict[str, Any], epochs: int, here: int, batch_paper: int, paper: dict[str, Any]
+    ) -> None:
+        ema = values["method"].get("ema")
+        if ema is None or values["method"].get("name") == "mae":
+            return
+        shortening = epochs / here
+        if ema["every"] == "iteration":
+            steps = here * max(1, self.scale.pictures // values["optim"]["batch_size"])
+            shortening = epochs * (PAPER_PICTURES // batch_paper) / steps
+            if self.scale.pictures == PAPER_PICTURES and here == epochs:  # as long as the paper's, whatever the batch
+                shortening = 1
+        ema = dict(ema)
+        for key in ("momentum", "momentum_end"):
+            if isinstance(ema.get(key), int | float) and 0 <= ema[key] <= 1 and shortening != 1:
+                paper[f"method.ema.{key}"] = ema[key]
+                ema[key] = scale_momentum(ema[key], shortening)
+        values["method"] = {**values["method"], "ema": ema}
+
+    def _tokens(self, values: dict[str, Any], paper: dict[str, Any]) -> None:
+        method = values["method"]
+        teacher = method.get("teacher") or {}
+        if method.get("name") == "mae" or teacher.get("view") != "crop" or teacher.get("tokens") is None:
+            return
+        tokens, ratio, crop = self._count(values), method.get("mask_ratio", 0.75), teacher["tokens"]
+        here = scale_tokens(crop, tokens, ratio)
+        if not 1 <= here <= count_masked(tokens, ratio) and here != tokens:
+            raise UserError(f"method.teacher.tokens: {crop} of 196 patches become {here} of {tokens} (at least 1)")
+        if crop not in (count_masked(PAPER_TOKENS, ratio), PAPER_TOKENS) and tokens != PAPER_TOKENS:
+            paper["method.teacher.tokens"] = crop
+        values["method"] = {**method, "teacher": {**teacher, "tokens": here}}
+
+    def _count(self, values: dict[str, Any]) -> int:
+        """L, the patches of a picture."""
+        patch = Model.model_validate(values["model"]).patch_size or 16
+        return int(values["data"]["image_size"] // patch) ** 2
+
+    def _init(self, init: dict[str, Any], need: PlannedRun, paper: dict[str, Any]) -> dict[str, Any]:
+        """`epoch` counts the paper's completed epochs; a checkpoint must lie there."""
+        init = {**init, "run": need.id}
+        epoch = init.get("epoch", "last")
+        if isinstance(epoch, int) and need.config.stage == "pretrain":
+            length = need.config.optim.epochs
+            length_paper = need.paper.get("optim.epochs", length)
+            if not 1 <= epoch <= length_paper or epoch * SNAPSHOTS % length_paper:
+                kept = length_paper / SNAPSHOTS
+                raise UserError(f"init.epoch: {epoch} of {length_paper}: encoders are kept every {kept:g} epochs")
+            if epoch * length % length_paper:
+                here = epoch * length / length_paper
+                raise UserError(f"init.epoch: {epoch} of {length_paper} becomes {here:g} of {length} epochs")
+            if length != length_paper:
+                paper["init.epoch"] = epoch
+            init["epoch"] = epoch * length // length_paper
+        return init
+
+    def _fingerprinted(self, config: Config) -> Config:
+        """The config with the fingerprint of its pictures, null where they are absent."""
+        key = _pictures(config.data)
+        if key not in self.fingerprints:
+            from sdae.data.fingerprint import fingerprint
+
+            self.fingerprints[key] = fingerprint(config.data)
+        data = config.data.model_copy(update={"fingerprint": self.fingerprints[key]})
+        return config.model_copy(update={"data": data})
+
+
+def _pictures(data: Data) -> str:
+    """What tells one set of pictures from another."""
+    return data.model_dump_json(include={"name", "path", "classes", "train_pictures", "val_pictures", "image_size"})

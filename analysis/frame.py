@@ -1,0 +1,347 @@
+"""The store as one pandas frame: a row per run folder, whatever its state.
+
+Invariant: the frame is a function of the run folders alone. `STORE/index.parquet` only remembers what was read from them; every
+row carries the stamp (time, size, inode) of the files it came from, and a row whose stamp has changed is read again. The index
+may be deleted at any time, is replaced whole by one rename, and a store that cannot be written does without it.
+
+Columns (dtype): what `COLUMNS` below says, and after them one float64 column for every further flat number that some run's
+`result.json` holds under `metrics` (mIoU, AP, a user's own). Text is `string`, whole numbers `Int64`, truth values `boolean`,
+times `datetime64[us, UTC]`, other numbers `float64`; unknown is `<NA>` / `NaN` / `NaT`.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import io
+import json
+import os
+import statistics
+from collections.abc import Iterable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from sdae.config import NEUTRAL, NOT_SCIENCE
+from sdae.errors import UserError
+from sdae.store import FORMAT, Store, read_json, write_atomically
+
+TEXT, WHOLE, TRUTH, NUMBER, TIME = pa.string(), pa.int64(), pa.bool_(), pa.float64(), pa.timestamp("us", "UTC")
+
+COLUMNS: dict[str, tuple[pa.DataType, str]] = {
+    "id": (TEXT, "the run's id, STAGE- and 16 hex digits"),
+    "stage": (TEXT, "pretrain, finetune, linprobe, cost, .."),
+    "state": (TEXT, "done, failed, running, started (stopped, resumable), torn (result.json cannot be used)"),
+    "scale": (TEXT, "label of the scale that asked for the run first"),
+    "seed": (WHOLE, ""),
+    "arm": (TEXT, "hash of the config without its seed (parents likewise): equal for runs that differ in the seed only"),
+    "need": (TEXT, "id of the pre-training whose weights it starts from"),
+    "dataset": (TEXT, "name of the data set"),
+    "fingerprint": (TEXT, "hash of its class list and counts"),
+    "classes": (WHOLE, ""),
+    "train": (WHOLE, "training pictures"),
+    "val": (WHOLE, "validation pictures"),
+    "model": (TEXT, "architecture"),
+    "image_size": (WHOLE, "pixels"),
+    "method": (TEXT, "sdae or mae (pretrain, cost)"),
+    "mask_ratio": (NUMBER, ""),
+    "view": (TEXT, "what the teacher sees: full, masked, crop, folds"),
+    "folds": (WHOLE, "number of folds (view folds)"),
+    "tokens": (WHOLE, "patches of a crop (view crop)"),
+    "normalize": (TRUTH, "teacher normalization, Eq. (3)"),
+    "similarity": (TEXT, "authors, tokens, channels"),
+    "ema_every": (TEXT, "epoch or iteration"),
+    "momentum": (NUMBER, "EMA momentum (at the start)"),
+    "momentum_end": (NUMBER, "its end on the cosine; NaN: constant"),
+    "weights": (TEXT, "student or teacher of `need`, or random, timm:NAME, file:PATH"),
+    "init_epoch": (WHOLE, "completed epochs of `need` whose weights were taken; <NA>: the last"),
+    "epochs": (WHOLE, "epochs asked for"),
+    "batch_size": (WHOLE, "global batch"),
+    "precision": (TEXT, "bf16 or fp32"),
+    "top1": (NUMBER, "percent"),
+    "top5": (NUMBER, "percent"),
+    "loss": (NUMBER, "last epoch's training loss (pretrain), validation loss (finetune, linprobe)"),
+    "knn_top1": (NUMBER, "percent, online probe of a pre-training"),
+    "time": (NUMBER, "cost: seconds per epoch"),
+    "time_sd": (NUMBER, "its standard deviation over the repeats of this one run"),
+    "overhead": (NUMBER, "cost: percent over MAE"),
+    "overhead_sd": (NUMBER, "its standard deviation over the repeats"),
+    "repeats": (WHOLE, "cost: number of repeats"),
+    "memory": (NUMBER, "cost: peak, in 10^9 bytes"),
+    "images_per_s": (NUMBER, ""),
+    "mfu": (NUMBER, "model FLOPs utilization, 0 to 1"),
+    "seconds": (NUMBER, "wall-clock time of the run"),
+    "started": (TIME, ""),
+    "ended": (TIME, ""),
+    "device": (TEXT, ""),
+    "commit": (TEXT, "of the code that ran it"),
+    "dirty": (TRUTH, "whether that code was changed after the commit"),
+    "synthetic": (TRUTH, "made up to test the tables: never mixed with real results"),
+    "failure": (TEXT, "class of the error (failed), or `torn`"),
+    "message": (TEXT, "what went wrong"),
+}
+_HIDDEN = {"own": TEXT, "stamp": WHOLE}  # hash of the config without seed and parent; stamp of the files read
+_TYPES = {name: kind for name, (kind, _) in COLUMNS.items()} | _HIDDEN
+_VERSION = hashlib.sha256(repr([1, FORMAT, sorted((k, str(v)) for k, v in _TYPES.items())]).encode()).hexdigest()[:16]
+_MAPPER = {TEXT: pd.StringDtype("pyarrow"), WHOLE: pd.Int64Dtype(), TRUTH: pd.BooleanDtype()}
+_PLAIN = ("top1", "top5", "loss", "knn_top1", "time", "overhead", "memory", "images_per_s", "mfu")
+INDEX = "index.parquet"
+
+
+def collect(store: Store) -> pd.DataFrame:
+    """Every run of the store, sorted by id, in the columns of this module's docstring. Reads only what has changed."""
+    folders = {i: stamp for i in store.ids() if (stamp := _stamp(f"{store.root}/{i}"))}
+    index = _load(store.root / INDEX)
+    known = dict(zip(index["id"].to_pylist(), index["stamp"].to_pylist(), strict=True)) if index is not None else {}
+    changed = [i for i, stamp in folders.items() if known.get(i) != stamp]
+    if index is None or changed or len(known) != len(folders):
+        enabled = gc.isenabled()
+        gc.disable()  # ten thousand parsed results live at once, and none of them is a cycle
+        try:
+            index = _merge(index, [_read(store, i, folders[i]) for i in changed], set(folders).difference(changed))
+        finally:
+            if enabled:
+                gc.enable()
+        _save(store.root, index)
+    return _frame(store, index)
+
+
+def config_hash(config: dict[str, Any]) -> tuple[str, str]:
+    """(the 16 hex digits of this config's id, the hash of the same without seed and parent). Strips `config` in place.
+
+    `config` is what `sdae.config.dump` gives, after a way through JSON or not.
+    """
+    for key in NOT_SCIENCE:
+        config.pop(key, None)
+    config["data"].pop("path", None)
+    init = config.get("init")
+    if init and init.get("digest") and str(init.get("weights")).startswith("file:"):
+        init["weights"] = "file"
+    for key, neutral in NEUTRAL.items():
+        *parents, leaf = key.split(".")
+        owner: Any = config
+        for parent in parents:
+            owner = owner.get(parent) if isinstance(owner, dict) else None
+        if isinstance(owner, dict) and leaf in owner and owner[leaf] == neutral:
+            del owner[leaf]
+    text = _canonical(config)
+    # Keys are sorted, so `seed` stands in front of `stage`; encoding the whole config again would double the cost.
+    own = text.replace(f'"seed":{config.get("seed")},"stage":', '"stage":', 1)
+    if init and init.get("run"):
+        own = own.replace(f'"run":"{init["run"]}"', '"run":null', 1)
+    return _digest(text), _digest(own)
+
+
+def arm_name(own: str, parent_arm: str | None) -> str:
+    return f"{own}+{parent_arm}" if parent_arm else own
+
+
+_canonical = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False).encode  # as in sdae.config.run_id
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+# One folder
+def _stamp(folder: str) -> int:
+    """A number that changes when the files change from which this folder's row is made; 0 where there are none."""
+    try:
+        stat = os.stat(folder + "/result.json")
+        return hash((stat.st_mtime_ns, stat.st_size, stat.st_ino))
+    except OSError:
+        found: list[int] = []
+        for name in ("/config.yaml", "/failure.json"):
+            try:
+                stat = os.stat(folder + name)
+                found += [stat.st_mtime_ns, stat.st_size, stat.st_ino]
+            except OSError:
+                found += [0, 0, 0]
+        return hash(tuple(found)) if any(found) else 0
+
+
+def _read(store: Store, identity: str, stamp: int) -> dict[str, Any]:
+    """The row of one run as plain values; columns that it leaves out are unknown."""
+    folder = f"{store.root}/{identity}"
+    row: dict[str, Any] = {"id": identity, "stage": identity.rpartition("-")[0], "stamp": stamp, "metrics": {}}
+    try:
+        with open(folder + "/result.json", "rb", buffering=0) as file:
+            result = json.loads(file.read())
+    except FileNotFoundError:
+        return _unfinished(folder, row)
+    except (OSError, ValueError):
+        return _torn(row, "result.json cannot be read")
+    if not isinstance(result, dict) or not isinstance(result.get("metrics"), dict):
+        return _torn(row, "result.json holds no metrics")
+    if result.get("format", FORMAT) != FORMAT:
+        return _torn(row, f"result.json has format {result['format']}, this version reads {FORMAT}")
+    if result.get("id", identity) != identity:
+        return _torn(row, f"result.json is that of {result['id']}")
+    config = result.get("config") or _config_file(folder)
+    try:
+        if config:
+            _facts(row, config)
+            science, row["own"] = config_hash(config)
+            if not identity.endswith("-" + science):
+                return _torn(row, "the config in result.json is not the one that the id stands for")
+        _outcome(row, result)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        return _torn(row, f"result.json has not the expected form ({type(error).__name__}: {error})")
+    return row
+
+
+def _torn(row: dict[str, Any], message: str) -> dict[str, Any]:
+    return row | {"state": "torn", "failure": "torn", "message": message, "metrics": {}}
+
+
+def _unfinished(folder: str, row: dict[str, Any]) -> dict[str, Any]:
+    """A run without a result: its config, and why it failed. The state is looked up at every call, it ages by itself."""
+    row |= {"state": "started"}
+    config = _config_file(folder)
+    if config:
+        try:
+            _facts(row, config)
+            row["own"] = config_hash(config)[1]
+        except (AttributeError, KeyError, TypeError, ValueError):
+            row["message"] = "config.yaml has not the expected form"
+    failure = read_json(Path(folder) / "failure.json")
+    if isinstance(failure, dict):
+        row |= {"failure": failure.get("class"), "message": failure.get("message")}
+    return row
+
+
+def _config_file(folder: str) -> dict[str, Any] | None:
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml where there is one: ten times faster
+    try:
+        with open(folder + "/config.yaml", "rb") as file:
+            config = yaml.load(file, Loader=loader)
+    except (OSError, yaml.YAMLError):
+        return None
+    return config if isinstance(config, dict) else None
+
+
+def _facts(row: dict[str, Any], config: dict[str, Any]) -> None:
+    """What the config says."""
+    data, model, optim = config["data"], config["model"], config.get("optim") or {}
+    row["scale"], row["seed"], row["precision"] = config.get("scale"), config.get("seed"), config.get("precision")
+    row["dataset"], row["fingerprint"], row["image_size"] = data["name"], data.get("fingerprint"), data["image_size"]
+    row["classes"], row["model"] = data.get("classes"), model["arch"]
+    row["epochs"], row["batch_size"] = optim.get("epochs"), optim.get("batch_size")
+    if cost := config.get("cost"):
+        row["batch_size"], row["repeats"] = cost.get("batch_size"), cost.get("repeats")
+    if init := config.get("init"):
+        row["need"], row["weights"] = init.get("run"), init.get("weights")
+        row["init_epoch"] = None if init.get("epoch") == "last" else init.get("epoch")
+    if method := config.get("method"):
+        row["method"], row["mask_ratio"], row["similarity"] = method["name"], method["mask_ratio"], method["similarity"]
+        if teacher := method["teacher"]:
+            row["view"], row["folds"] = teacher["view"], teacher["folds"]
+            row["tokens"], row["normalize"] = teacher["tokens"], teacher["normalize"]
+        if ema := method["ema"]:
+            row["ema_every"], row["momentum"], row["momentum_end"] = ema["every"], ema["momentum"], ema["momentum_end"]
+
+
+def _outcome(row: dict[str, Any], result: dict[str, Any]) -> None:
+    """What came of it."""
+    row["state"], row["synthetic"] = "done", bool(result.get("synthetic", False))
+    for key in ("stage", "scale", "seed", "model", "image_size", "device"):
+        if result.get(key) is not None:
+            row[key] = result[key]
+    if dataset := result.get("dataset"):
+        row["dataset"] = dataset["name"]
+        for key in ("fingerprint", "train", "val", "classes"):
+            if dataset.get(key) is not None:
+                row[key] = dataset[key]
+    time = result.get("time") or {}
+    row["seconds"], row["started"], row["ended"] = time.get("seconds"), _instant(time.get("started")), _instant(time.get("ended"))
+    provenance = result.get("provenance") or {}
+    row["commit"], row["dirty"] = provenance.get("commit"), provenance.get("dirty")
+    metrics = row["metrics"] = result["metrics"]
+    for key in _PLAIN:
+        row[key] = metrics.get(key)
+    for key in ("time", "overhead"):
+        repeats = metrics.get(key + "_repeats")
+        if repeats and len(repeats) > 1:
+            row[key + "_sd"], row["repeats"] = statistics.stdev(repeats), len(repeats)
+
+
+def _instant(value: Any) -> int | None:
+    """Unix seconds or an ISO 8601 text as microseconds."""
+    if isinstance(value, str):
+        value = datetime.fromisoformat(value).timestamp()
+    return None if value is None else int(value * 1e6)
+
+
+# The index
+def _merge(index: pa.Table | None, rows: list[dict[str, Any]], kept: set[str]) -> pa.Table:
+    """The old rows that still hold and the new ones, by id, as one table."""
+    further = sorted({k for row in rows for k, v in row["metrics"].items() if k not in _TYPES and _is_number(v)})
+    columns = {name: _array([row.get(name) for row in rows], kind) for name, kind in _TYPES.items()}
+    columns |= {name: _array([row["metrics"].get(name) for row in rows], NUMBER) for name in further}
+    table = pa.table(columns)
+    if index is not None and kept:
+        old = index.filter(pa.array([i in kept for i in index["id"].to_pylist()]))
+        table = pa.concat_tables([old, table], promote_options="default")
+    return table.sort_by("id").replace_schema_metadata({"sdae": _VERSION})
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _array(values: list[Any], kind: pa.DataType) -> pa.Array:
+    """A typed column. A value of another type (a hand-made result) is unknown, and does not take the others with it."""
+    try:
+        return pa.array(values, type=kind)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
+        return pa.array([_checked(value, kind) for value in values], type=kind)
+
+
+def _checked(value: Any, kind: pa.DataType) -> Any:
+    try:
+        return pa.scalar(value, type=kind).as_py() if kind != TIME else None
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
+        return None
+
+
+def _load(path: Path) -> pa.Table | None:
+    try:
+        table = pq.read_table(io.BytesIO(path.read_bytes()), use_threads=False)
+    except (OSError, pa.ArrowException):
+        return None
+    return table if (table.schema.metadata or {}).get(b"sdae") == _VERSION.encode() else None
+
+
+def _save(root: Path, table: pa.Table) -> None:
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="snappy")
+    try:
+        if root.is_dir():
+            write_atomically(root / INDEX, buffer.getvalue())
+    except UserError:
+        pass  # a read-only or full store: the frame is right all the same
+
+
+def _frame(store: Store, index: pa.Table) -> pd.DataFrame:
+    own = dict(zip(index["id"].to_pylist(), index["own"].to_pylist(), strict=True))
+    arms = [
+        arm_name(mine, own.get(need, need) or need) if mine and need else mine
+        for mine, need in zip(own.values(), index["need"].to_pylist(), strict=True)
+    ]
+    index = index.set_column(index.schema.get_field_index("arm"), "arm", pa.array(arms, type=TEXT))
+    states: list[str] = index["state"].to_pylist()
+    if "started" in states:
+        ids = list(own)
+        states = [store.run(ids[n]).state() if s == "started" else s for n, s in enumerate(states)]
+        index = index.set_column(index.schema.get_field_index("state"), "state", pa.array(states, type=TEXT))
+    return index.drop_columns(list(_HIDDEN)).to_pandas(types_mapper=_MAPPER.get)
+
+
+def distinct(values: Iterable[Any]) -> list[str]:
+    """The known values of a column, each once, sorted."""
+    return sorted({str(value) for value in values if not pd.isna(value)})

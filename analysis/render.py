@@ -1,0 +1,236 @@
+"""One `Table` as Markdown, LaTeX (booktabs), HTML, CSV or JSON: the paper's rows, then per metric paper | measured | n.
+
+Empty means not run, `unknown` that the paper does not print the value. Bold: not statistically worse than the column's best.
+"""
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+import json
+import re
+import unicodedata
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ablations.planner import Column
+from analysis.table import Table, TableCell
+from sdae.errors import UserError
+
+FORMATS = ("md", "latex", "html", "csv", "json")
+LEGEND = "Empty: not run. unknown: not printed in the paper. ±: 95 % interval of the mean over n seeds."
+BOLD = "Bold: not statistically worse than the column's best."
+PACKAGES = ("booktabs", "amssymb", "graphicx")
+CSV_COLUMNS = (
+    "artifact", "scale", "dataset", "model", "synthetic", "row", "label", "column", "cell", "paper", "paper_decimals", "measured",
+    "low", "high", "seeds", "seeds_planned", "verdict", "state", "best", "interval", "runs",
+)  # fmt: skip
+
+
+def render(table: Table, format: str = "md") -> str:
+    """`format`: md, latex, html, csv (one line per cell) or json. LaTeX is a `table` environment; see `document`."""
+    renderers: dict[str, Callable[[Table], str]] = {"md": _md, "latex": _latex, "html": _html, "csv": _csv, "json": _json}
+    if format not in renderers:
+        raise UserError(f"format {format!r} is unknown (allowed: {', '.join(FORMATS)})")
+    return renderers[format](table)
+
+
+def name_of(artifact: str) -> str:
+    """`table5` -> Table 5, `figure4b` -> Figure 4(b); a user's own artifact keeps its name."""
+    match = re.fullmatch(r"(table|figure)(\d+)([a-z]?)", artifact)
+    return f"{match[1].title()} {match[2]}" + (f"({match[3]})" if match[3] else "") if match else artifact
+
+
+@dataclass(frozen=True)
+class _Entry:
+    text: str
+    bold: bool = False
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """The cells as text, alike for every format: leading columns (label, meta), then `width` columns per metric."""
+
+    leading: list[str]
+    metrics: list[Column]
+    below: list[str]
+    rows: list[list[_Entry]]
+
+
+def _grid(table: Table) -> _Grid:
+    keys = table.meta_keys
+    verdicts = any(cell.verdict for cell in table.cells())
+    below = ["paper", "measured", "n"] + ["verdict"] * verdicts
+    rows = []
+    for row in table.rows:
+        entries = [_Entry(row.label)] + [_Entry(_mark(row.meta.get(key, ""))) for key in keys]
+        for column in table.columns:
+            cell = row.cells.get(column.name)
+            entries += _entries(cell, column, verdicts) if cell else [_Entry("")] * len(below)
+        rows.append(entries)
+    return _Grid([""] + [key[:1].upper() + key[1:] for key in keys], table.columns, below, rows)
+
+
+def _entries(cell: TableCell, column: Column, verdicts: bool) -> list[_Entry]:
+    n = cell.estimate.n if cell.estimate else 0
+    seeds = "" if not n else str(n) if n == cell.planned else f"{n} of {cell.planned}"
+    entries = [_Entry(paper_text(cell)), _Entry(measured_text(cell, column), cell.best), _Entry(seeds)]
+    return entries + ([_Entry(cell.verdict or "")] if verdicts else [])
+
+
+def paper_text(cell: TableCell) -> str:
+    if cell.paper is None:
+        return "–" if cell.dash else "unknown"
+    return f"{cell.paper:.{cell.paper_decimals or 0}f}"
+
+
+def measured_text(cell: TableCell, column: Column) -> str:
+    """One decimal more than the column prints, so that a reader can round himself."""
+    if cell.estimate is None:
+        return "" if cell.state in ("not run", "no value") else cell.state
+    half = cell.estimate.half
+    digits = column.decimals + 1
+    return f"{cell.estimate.mean:.{digits}f}" + (f" ± {half:.{digits}f}" if half is not None else "")
+
+
+def _mark(value: Any) -> str:
+    return {True: "✓", False: "×", None: "–"}[value] if value is None or isinstance(value, bool) else str(value)
+
+
+def _split(label: str) -> tuple[str, str, str]:
+    """`AP^b_50` as (AP, b, 50); other labels as (label, "", "")."""
+    match = re.fullmatch(r"([A-Za-z]+)\^([A-Za-z])(?:_(\d+))?", label)
+    return (match[1], match[2], match[3] or "") if match else (label, "", "")
+
+
+def _notes(table: Table) -> list[str]:
+    return [LEGEND + (f" {BOLD}" if any(cell.best for cell in table.cells()) else ""), *table.notes]
+
+
+def _unit(column: Column) -> str:
+    return f" [{column.unit}]" if column.unit else ""
+
+
+# Markdown
+def _md(table: Table) -> str:
+    grid = _grid(table)
+    header = [_md_text(text) for text in grid.leading]
+    for column in grid.metrics:
+        base, above, below = _split(column.label)
+        label = _md_text(base) + (f"<sup>{above}</sup>" if above else "") + (f"<sub>{below}</sub>" if below else "")
+        header += [f"{label}{_md_text(_unit(column))} {grid.below[0]}", *grid.below[1:]]
+    lines = [f"**{_md_text(name_of(table.artifact))}.** {_md_text(table.caption)}", ""]
+    lines += [_md_row(header), _md_row([":--"] + ["--:"] * (len(header) - 1))]
+    for row in grid.rows:
+        lines.append(_md_row([f"**{_md_text(e.text)}**" if e.bold and e.text else _md_text(e.text) for e in row]))
+    return "\n".join(lines + [""] + [f"- {_md_text(note)}" for note in _notes(table)]) + "\n"
+
+
+def _md_row(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _md_text(text: str) -> str:
+    flat = re.sub(r"([\\`*_|\[\]])", r"\\\1", " ".join(text.split()))
+    return flat.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+# HTML
+def _html(table: Table) -> str:
+    grid = _grid(table)
+    width = len(grid.leading) + len(grid.metrics) * len(grid.below)
+    flag = ' data-synthetic="true"' if table.synthetic else ""
+    title, caption = html.escape(name_of(table.artifact)), html.escape(table.caption)
+    lines = [f'<table class="sdae"{flag}>', f"<caption><strong>{title}.</strong> {caption}</caption>", "<thead>", "<tr>"]
+    lines += [f'<th scope="col" rowspan="2">{html.escape(text)}</th>' for text in grid.leading]
+    for column in grid.metrics:
+        base, above, below = _split(column.label)
+        label = html.escape(base) + (f"<sup>{above}</sup>" if above else "") + (f"<sub>{below}</sub>" if below else "")
+        lines.append(f'<th scope="colgroup" colspan="{len(grid.below)}">{label}{html.escape(_unit(column))}</th>')
+    lines += ["</tr>", "<tr>", *[f'<th scope="col">{text}</th>' for text in grid.below * len(grid.metrics)], "</tr>", "</thead>", "<tbody>"]
+    for row in grid.rows:
+        cells = [f'<th scope="row">{html.escape(row[0].text)}</th>']
+        cells += [f"<td><strong>{html.escape(e.text)}</strong></td>" if e.bold else f"<td>{html.escape(e.text)}</td>" for e in row[1:]]
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    notes = "".join(f"<li>{html.escape(note)}</li>" for note in _notes(table))
+    lines += ["</tbody>", f'<tfoot><tr><td colspan="{width}"><ul>{notes}</ul></td></tr></tfoot>', "</table>"]
+    return "\n".join(lines) + "\n"
+
+
+# LaTeX
+_TEX = {
+    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_",
+    "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
+    '"': r"\textquotedbl{}", "±": r"$\pm$", "×": r"$\times$", "✓": r"$\checkmark$", "–": "--", "—": "---", "…": r"\dots{}", "²": "$^2$",
+    "Θ": r"$\Theta$", "µ": r"$\mu$", "μ": r"$\mu$", "≥": r"$\geq$", "≤": r"$\leq$", "→": r"$\rightarrow$", "\u2019": "'", "-": "{-}",
+    "`": r"\textasciigrave{}", "[": "{[}", "]": "{]}", "*": "{*}", "'": "{'}", "?": "{?}", "!": "{!}",
+}  # fmt: skip
+
+
+def _tex(text: str) -> str:
+    """Text that LaTeX sets as it stands: nothing in it is a command, and characters without a glyph become their code."""
+    return "".join(_tex_char(char) for char in " ".join(text.split()))
+
+
+def _tex_char(char: str) -> str:
+    if char in _TEX:
+        return _TEX[char]
+    if " " <= char <= "~":
+        return char
+    if "À" <= char <= "ÿ" and char not in "×÷":
+        return char
+    plain = unicodedata.normalize("NFKD", char).encode("ascii", "ignore").decode()
+    plain = "".join(c for c in plain if c.isprintable())
+    return "".join(_TEX.get(c, c) for c in plain) if plain else f"{{[}}U+{ord(char):04X}{{]}}"
+
+
+def _latex(table: Table) -> str:
+    grid = _grid(table)
+    per = len(grid.below)
+    alignment = "l" + "c" * (len(grid.leading) - 1) + ("rrr" + "l" * (per - 3)) * len(grid.metrics)
+    first, rules = [""] * len(grid.leading), []
+    for index, column in enumerate(grid.metrics):
+        base, above, below = _split(column.label)
+        label = _tex(base) + (f"$^{{{above}}}$" if above else "") + (f"$_{{{below}}}$" if below else "")
+        first.append(rf"\multicolumn{{{per}}}{{c}}{{{label}{_tex(_unit(column))}}}")
+        start = len(grid.leading) + index * per + 1
+        rules.append(rf"\cmidrule(lr){{{start}-{start + per - 1}}}")
+    second = [_tex(text) for text in grid.leading] + [*grid.below] * len(grid.metrics)
+    body = [[rf"\textbf{{{_tex(e.text)}}}" if e.bold and e.text else _tex(e.text) for e in row] for row in grid.rows]
+    lines = [
+        "% " + " ".join(rf"\usepackage{{{package}}}" for package in PACKAGES),
+        *(["% SYNTHETIC RESULTS, made up to test this table"] if table.synthetic else []),
+        r"\begin{table}[htbp]", r"\centering", r"\small",
+        rf"\caption{{\textbf{{{_tex(name_of(table.artifact))} of the paper.}} {_tex(table.caption)}}}",
+        r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%", rf"\begin{{tabular}}{{@{{}}{alignment}@{{}}}}", r"\toprule",
+        " & ".join(first) + r" \\", "".join(rules), " & ".join(second) + r" \\", r"\midrule",
+        *[" & ".join(row) + r" \\" for row in body],
+        r"\bottomrule", r"\end{tabular}}", r"\par\smallskip\raggedright\footnotesize", *[_tex(note) + r"\par" for note in _notes(table)],
+        r"\end{table}",
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def document(latex: str) -> str:
+    """A LaTeX rendering as a document that compiles on its own."""
+    packages = [r"\usepackage[T1]{fontenc}", *[rf"\usepackage{{{package}}}" for package in PACKAGES]]
+    return "\n".join([r"\documentclass{article}", *packages, r"\begin{document}", latex.rstrip(), r"\end{document}", ""])
+
+
+# For machines
+def _csv(table: Table) -> str:
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, CSV_COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    common = {k: getattr(table, k) for k in ("artifact", "scale", "dataset", "model", "synthetic")}
+    for row in table.rows:
+        for column, cell in row.cells.items():
+            values = cell.to_dict()
+            writer.writerow(common | {"row": row.name, "label": row.label, "column": column} | values | {"runs": " ".join(values["runs"])})
+    return buffer.getvalue()
+
+
+def _json(table: Table) -> str:
+    return json.dumps(table.to_dict(), indent=2, allow_nan=False) + "\n"

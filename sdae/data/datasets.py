@@ -1,0 +1,201 @@
+"""Opens the pictures that a `data` section means: small sets as one uint8 tensor in memory, large ones as a list of files."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torchvision
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms.v2 import functional as F
+
+from sdae.config import Data
+from sdae.data import builtin
+from sdae.data.fingerprint import KNOWN, Listing, folder_of, listing, pictures_of
+from sdae.errors import RunFailed, UserError
+
+Split = Literal["train", "val"]
+TINY = 64  # side of Tiny-ImageNet's pictures
+PARTS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python", "stl10": "stl10_binary"}
+
+
+class Unreadable(Exception):
+    """A picture that cannot be decoded: names the file and the reason in one line."""
+
+
+class Dataset:
+    """Pictures with labels. `resident` sets hold them in memory, the others read one file at a time."""
+
+    resident: bool
+
+    def __init__(self, labels: Tensor, classes: list[str], name: Callable[[int], str]) -> None:
+        self.labels, self.classes, self._name = labels, classes, name
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def path_of(self, i: int) -> str:
+        return self._name(i)
+
+
+class Resident(Dataset):
+    """images uint8 (N, 3, H, W). `skipped`: index -> file that was replaced because it cannot be read."""
+
+    resident = True
+
+    def __init__(self, images: Tensor, labels: Tensor, classes: list[str], name: Callable[[int], str]) -> None:
+        super().__init__(labels, classes, name)
+        self.images = images
+        self.skipped: dict[int, str] = {}
+        self._copies: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Images and labels on a device: copied there once, whoever asks."""
+        if str(device) not in self._copies:
+            self._copies[str(device)] = (self.images.to(device), self.labels.to(device))
+        return self._copies[str(device)]
+
+
+class Files(Dataset):
+    """One file for each picture; `paths` relative to `root`, as bytes in one array (a million str would be slow to fork)."""
+
+    resident = False
+
+    def __init__(self, root: Path, paths: Sequence[str], labels: Tensor, classes: list[str]) -> None:
+        super().__init__(labels, classes, lambda i: os.path.join(self.root, os.fsdecode(self.paths[i])))
+        self.root, self.paths = str(root), np.array([os.fsencode(p) for p in paths])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_name"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._name = lambda i: os.path.join(self.root, os.fsdecode(self.paths[i]))
+
+    def read(self, i: int) -> Tensor:
+        return read(self.path_of(i))
+
+
+def read(path: str) -> Tensor:
+    """A file as uint8 RGB (3, H, W). Raises `Unreadable`."""
+    try:
+        with open(path, "rb") as file:
+            content = file.read()
+    except OSError as error:
+        raise Unreadable(f"{path}: cannot be read: {error.strerror}") from None
+    with contextlib.suppress(RuntimeError):
+        image = decode_image(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
+        if image.dtype == torch.uint8 and image.shape[0] == 3:
+            return image
+    try:  # rarer formats and modes (CMYK, 16 bit, BMP, TIFF): Pillow's way
+        from PIL import Image
+
+        with Image.open(io.BytesIO(content)) as opened:
+            return torch.from_numpy(np.array(opened.convert("RGB"))).permute(2, 0, 1).contiguous()
+    except Exception as error:
+        reason = " ".join(str(error).split()).replace("<_io.BytesIO object at", "contents <")
+        reason = "not a picture" if "cannot identify" in reason else reason
+        raise Unreadable(f"{path}: broken picture: {reason}") from None
+
+
+def open_dataset(data: Data, split: Split) -> Dataset:
+    """The pictures of one split. Raises `UserError`, or `RunFailed` for a broken picture of a set held in memory."""
+    found = listing(data)
+    if data.name == "builtin":
+        return _builtin(split, sum(found.counts[split]), data.image_size, len(found.classes))
+    if data.name == "imagefolder":
+        return _files(data, split, found)
+    if data.name == "tiny-imagenet":
+        files = _files(data, split, found)
+        stamp = max(os.stat(f"{files.root}/{name}").st_mtime_ns for name in found.classes)
+        return _decoded(files.root, tuple(os.fsdecode(p) for p in files.paths), tuple(found.classes), data.on_error, stamp)
+    return _known(data.name, str(folder_of(data)), split, found.counts[split])
+
+
+@lru_cache(maxsize=8)
+def _builtin(split: str, n: int, size: int, classes: int) -> Resident:
+    pictures = builtin.render(range(n), split, size, classes, instances=False)
+    images, labels = torch.from_numpy(pictures.images), torch.from_numpy(pictures.labels)
+    return Resident(images, labels, list(builtin.class_names(classes)), lambda i: f"builtin/{split}/{i}")
+
+
+def _files(data: Data, split: str, found: Listing) -> Files:
+    root = folder_of(data) / split
+    paths = []
+    for name, count in zip(found.classes, found.counts[split], strict=True):
+        names = pictures_of(root / name)[:count]
+        if len(names) < count:
+            raise UserError(f"data.path: {root / name}: pictures have gone while it was read")
+        paths += [f"{name}/{file}" for file in names]
+    labels = torch.from_numpy(np.repeat(np.arange(len(found.classes)), found.counts[split]))
+    return Files(root, paths, labels, list(found.classes))
+
+
+@lru_cache(maxsize=4)
+def _decoded(root: str, paths: tuple[str, ...], classes: tuple[str, ...], on_error: str, stamp: int) -> Resident:
+    """All files decoded once; `stamp` only keeps a changed folder apart in the cache."""
+    index = {name: i for i, name in enumerate(classes)}
+    labels = torch.tensor([index[p.partition("/")[0]] for p in paths])
+    files = Files(Path(root), paths, labels, list(classes))
+    images = torch.empty(len(paths), 3, TINY, TINY, dtype=torch.uint8)
+    broken: dict[int, str] = {}
+
+    def decode(i: int) -> None:
+        try:
+            image = files.read(i)
+        except Unreadable as error:
+            broken[i] = str(error)
+            return
+        if image.shape[1:] != (TINY, TINY):
+            image = F.resize(image, [TINY, TINY], F.InterpolationMode.BICUBIC, antialias=True)
+        images[i] = image
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        list(pool.map(decode, range(len(paths)), chunksize=256))
+    if broken and on_error == "raise":
+        raise RunFailed(broken[min(broken)])
+    for i in broken:
+        j = next((k % len(paths) for k in range(i + 1, i + len(paths)) if k % len(paths) not in broken), None)
+        if j is None:
+            raise RunFailed(f"{root}: no readable picture in it")
+        images[i], labels[i] = images[j], labels[j]
+    out = Resident(images, labels, list(classes), files.path_of)
+    out.skipped = {i: files.path_of(i) for i in sorted(broken)}
+    return out
+
+
+@lru_cache(maxsize=4)
+def _known(name: str, root: str, split: str, counts: tuple[int, ...]) -> Resident:
+    """CIFAR-10, CIFAR-100, STL-10 (its labelled pictures) through torchvision, downloaded where absent."""
+    make: Any = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}.get(name)
+    try:
+        if make is not None:
+            source = make(root, train=split == "train", download=not (Path(root) / PARTS[name]).is_dir())
+            images, labels = torch.from_numpy(source.data).permute(0, 3, 1, 2), np.array(source.targets)
+        else:
+            absent = not (Path(root) / PARTS[name]).is_dir()
+            source = torchvision.datasets.STL10(root, split="train" if split == "train" else "test", download=absent)
+            images, labels = torch.from_numpy(source.data), np.array(source.labels)
+    except (OSError, RuntimeError) as error:
+        archive = {"cifar10": "cifar-10-python", "cifar100": "cifar-100-python", "stl10": "stl10_binary"}[name]
+        raise UserError(
+            f"data.path: {name} is not complete in {root} and cannot be downloaded ({' '.join(str(error).split())}): "
+            f"unpack {archive}.tar.gz there, so that {root}/{PARTS[name]} is a folder"
+        ) from None
+    taken = [np.flatnonzero(labels == c)[:n] for c, n in enumerate(counts)]
+    index = np.concatenate(taken)
+    classes = list(source.classes[: len(counts)])
+    chosen = torch.from_numpy(labels[index].astype(np.int64))
+    return Resident(images[torch.from_numpy(index)].contiguous(), chosen, classes, lambda i: f"{name}/{split}/{index[i]}")
+
+
+assert set(PARTS) == set(KNOWN)

@@ -1,0 +1,173 @@
+"""Which pictures a `data` section means, told without torch: class list, pictures per class and split, and a hash of both.
+
+Folders are laid out as ImageFolder wants them: PATH/train/CLASS/*.jpg and PATH/val/CLASS/*.jpg. Counting the pictures of
+ImageNet takes seconds on a network disk, so counts are kept in the user's cache folder, per class folder and its mtime.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import hashlib
+import json
+import os
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sdae.config import Data
+from sdae.data import builtin
+from sdae.errors import UserError
+from sdae.store import write_atomically
+
+SPLITS = ("train", "val")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+FOLDERS = ("imagefolder", "tiny-imagenet")
+KNOWN = {"cifar10": (10, 5000, 1000), "cifar100": (100, 500, 100), "stl10": (10, 500, 800)}  # classes, pictures per class
+SETTLED_SECONDS = 2.0  # a folder changed less long ago may change again within its mtime's resolution: not cached
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Class names in label order and, per split, how many pictures of each class are taken (its first ones)."""
+
+    classes: tuple[str, ...]
+    counts: dict[str, tuple[int, ...]]
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdae"
+
+
+def folder_of(data: Data) -> Path:
+    """`data.path` with variables and ~ filled in; `UserError` where it is null or names a variable that is not set."""
+    if data.path is None:
+        if data.name in KNOWN:
+            return cache_folder() / data.name
+        raise UserError(f"data.path: {data.name} needs a folder with {expected('PATH')}")
+    path = os.path.expanduser(os.path.expandvars(data.path))
+    if unset := re.search(r"\$\{?\w+\}?", path):
+        raise UserError(f"data.path: {data.path}: the variable {unset[0]} is not set")
+    return Path(path)
+
+
+def expected(path: Path | str) -> str:
+    return f"{path}/train/CLASS/*.jpg and {path}/val/CLASS/*.jpg"
+
+
+def listing(data: Data) -> Listing:
+    """The pictures that `data` means, after `classes`, `train_pictures` and `val_pictures`. Raises `UserError`."""
+    if data.name == "builtin":
+        if (data.classes or 10) > builtin.MAX_CLASSES:
+            raise UserError(f"data.classes: builtin has {builtin.MAX_CLASSES} classes, {data.classes} were asked for")
+        classes = builtin.class_names(data.classes or 10)
+        wanted = {"train": data.train_pictures or 2048, "val": data.val_pictures or 512}
+        return Listing(classes, {s: balanced([n] * len(classes), n) for s, n in wanted.items()})
+    if data.name in KNOWN:
+        n, train, val = KNOWN[data.name]
+        classes, counts = tuple(f"{data.name}-{i:02d}" for i in range(n)), {"train": [train] * n, "val": [val] * n}
+    else:
+        classes, counts = scan(folder_of(data), data.classes)
+    if data.classes is not None and data.classes > len(classes):
+        raise UserError(f"data.classes: {data.classes} were asked for, {data.name} has {len(classes)}")
+    taken = {}
+    for split, wish in (("train", data.train_pictures), ("val", data.val_pictures)):
+        have = counts[split][: data.classes]
+        if wish is not None and wish > sum(have):
+            raise UserError(f"data.{split}_pictures: {wish} were asked for, there are {sum(have)}")
+        taken[split] = balanced(have, sum(have) if wish is None else wish)
+    return Listing(classes[: data.classes], taken)
+
+
+def balanced(counts: list[int], n: int) -> tuple[int, ...]:
+    """How many pictures of each class the first `n` are, taken in turns: one of each class, then a second of each."""
+    rounds = bisect.bisect_right(range(max(counts, default=0) + 1), n, key=lambda r: sum(min(c, r) for c in counts)) - 1
+    taken = [min(c, rounds) for c in counts]
+    for i, count in enumerate(counts):
+        if count > rounds and sum(taken) < n:
+            taken[i] += 1
+    return tuple(taken)
+
+
+def pictures_of(folder: Path | str) -> list[str]:
+    """Sorted names of the pictures in one class folder."""
+    with os.scandir(folder) as entries:
+        return sorted(e.name for e in entries if e.name.lower().endswith(SUFFIXES) and not e.name.startswith("."))
+
+
+def scan(root: Path, first: int | None = None) -> tuple[tuple[str, ...], dict[str, list[int]]]:
+    """Classes of PATH/train and the number of pictures per class in both splits, from the cache where still true."""
+    if not root.is_dir():
+        raise UserError(f"data.path: {root}: no such folder (expected {expected(root)})")
+    file = cache_folder() / "folders" / f"{hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]}.json"
+    known: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError):
+        known = json.loads(file.read_text())
+    classes = _classes(root, "train")[:first]
+    now, seen, counts = time.time(), dict(known), {}
+    for split in SPLITS:
+        found = classes if split == "train" else _classes(root, split)
+        if odd := sorted(set(classes) - set(found)) or (first is None and sorted(set(found) - set(classes))):
+            lacks = "val lacks the class" if odd[0] in classes else "train lacks val's class"
+            raise UserError(f"data.path: {root}: {lacks} {odd[0]} (expected {expected(root)})")
+        counts[split] = []
+        for name in classes:
+            folder = f"{root}/{split}/{name}"
+            mtime = os.stat(folder).st_mtime_ns
+            entry = known.get(f"{split}/{name}")
+            if not entry or entry[0] != mtime:
+                entry = [mtime, len(pictures_of(folder))]
+                if now - mtime / 1e9 > SETTLED_SECONDS:
+                    seen[f"{split}/{name}"] = entry
+            if entry[1] == 0:
+                raise UserError(f"data.path: {folder}: a class without pictures (expected {folder}/*.jpg)")
+            counts[split].append(entry[1])
+    if seen != known:
+        with contextlib.suppress(OSError, UserError):  # a cache that cannot be written is no cache
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(file, json.dumps(seen))
+    return tuple(classes), counts
+
+
+def _classes(root: Path, split: str) -> list[str]:
+    try:
+        with os.scandir(root / split) as entries:
+            names = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+    except OSError:
+        raise UserError(f"data.path: {root}: no folder {split} in it (expected {expected(root)})") from None
+    if not names:
+        raise UserError(f"data.path: {root / split}: no class folders in it (expected {root}/{split}/CLASS/*.jpg)")
+    return names
+
+
+def fingerprint(data: Data) -> str | None:
+    """16 hex digits over the class list and the number of pictures per class and split.
+
+    None where the folder is not there (or not said); a folder that is there and wrong raises `UserError`.
+    """
+    if data.name in FOLDERS:
+        try:
+            if not folder_of(data).is_dir():
+                return None
+        except UserError:
+            return None
+    found = listing(data)
+    parts = [data.name if data.name not in FOLDERS else "folder", found.classes, *(found.counts[s] for s in SPLITS)]
+    if data.name == "builtin":
+        parts.append(builtin.VERSION)
+    return hashlib.sha256(json.dumps(parts, separators=(",", ":")).encode()).hexdigest()[:16]
+
+
+def resolve(data: Data) -> Data:
+    """`data` with its fingerprint. Raises `UserError` when it states another one than that of the pictures found."""
+    found = fingerprint(data)
+    if found is None or found == data.fingerprint:
+        return data
+    if data.fingerprint is not None:
+        raise UserError(
+            f"data.fingerprint: {data.fingerprint} is asked for, but {data.path or data.name} has {found}: "
+            "other classes or numbers of pictures"
+        )
+    return data.model_copy(update={"fingerprint": found})

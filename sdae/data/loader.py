@@ -1,0 +1,189 @@
+"""Batches of one rank, ready for the model.
+
+Order and augmentation of a picture are functions of (seed, epoch, index): not of the rank, the worker, the place in the
+batch or the step at which an interrupted run goes on. So there is no state to save.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision.transforms.v2 import functional as F
+
+from sdae.config import Data
+from sdae.data import crop
+from sdae.data.datasets import Dataset, Files, Resident, Unreadable
+from sdae.data.mixing import erase
+from sdae.data.randaugment import RandAugment
+from sdae.data.randomness import permutation
+from sdae.errors import RunFailed, UserError
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+GREY_MEAN, GREY_STD = 0.449, 0.226
+LUMA = (0.299, 0.587, 0.114)
+
+Item = tuple[Tensor | str, int, int, list[tuple[int, str]]]  # picture or what is wrong, label, index, skipped files
+
+
+class Batch(NamedTuple):
+    """images float32 (b, C, S, S) normalized, labels int64 (b,), both on the device; indices int64 (b,) on the CPU."""
+
+    images: Tensor
+    labels: Tensor
+    indices: Tensor
+
+
+class Loader:
+    """Batches of `dataset` for one of `world` ranks; `batch_size` counts the pictures of all ranks together.
+
+    Training drops the last incomplete batch. Evaluation takes every picture once; a rank's last batch may be smaller
+    than the other ranks', or absent. `skipped`: index -> name of each unreadable picture that was replaced.
+    """
+
+    def __init__(
+        self, dataset: Dataset, data: Data, *, seed: int, batch_size: int, train: bool, rank: int = 0, world: int = 1,
+        device: torch.device | str = "cpu", workers: int = 0, channels: int = 3,
+    ) -> None:  # fmt: skip
+        if train and batch_size % world:
+            raise UserError(f"optim.batch_size: {batch_size} cannot be shared evenly by {world} ranks")
+        if train and len(dataset) < batch_size:
+            raise UserError(f"optim.batch_size: {batch_size} is more than the {len(dataset)} training pictures")
+        self.dataset, self.data, self.seed, self.batch_size, self.train = dataset, data, seed, batch_size, train
+        self.rank, self.world, self.device, self.channels = rank, world, torch.device(device), channels
+        self.steps_per_epoch = len(dataset) // batch_size if train else -(-len(dataset) // batch_size)
+        self.skipped: dict[int, str] = dict(dataset.skipped) if isinstance(dataset, Resident) else {}
+        text = data.augment.randaugment
+        self._randaugment = RandAugment(text) if train and text else None
+        self._mean, self._std = (255 * t.to(self.device) for t in statistics(channels))
+        self._batches: list[list[tuple[int, int]]] = []  # of (epoch, index): what the workers are to read next
+        self._reader = self._make_reader(dataset, workers) if isinstance(dataset, Files) else None
+
+    def _make_reader(self, dataset: Files, workers: int) -> DataLoader[Any]:
+        return DataLoader(
+            _Reader(dataset, self.data, self.seed, self.train),  # type: ignore[arg-type]
+            batch_sampler=_Ahead(self),  # type: ignore[arg-type]
+            num_workers=workers, collate_fn=_collate, persistent_workers=workers > 0,
+            prefetch_factor=4 if workers else None, pin_memory=self.device.type == "cuda",
+        )  # fmt: skip
+
+    def indices(self, epoch: int, first_step: int = 0) -> Iterator[NDArray[np.int64]]:
+        """This rank's picture numbers, batch by batch."""
+        n = len(self.dataset)
+        order = permutation(self.seed, epoch, n) if self.train else np.arange(n)
+        for step in range(first_step, self.steps_per_epoch):
+            whole = order[step * self.batch_size : (step + 1) * self.batch_size]
+            part = whole[self.rank * len(whole) // self.world : (self.rank + 1) * len(whole) // self.world]
+            if len(part):
+                yield part
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch from `first_step` on. Raises `RunFailed` for a broken picture (data.on_error: raise)."""
+        if isinstance(self.dataset, Resident):
+            images, labels = self.dataset.on(self.device)
+            for part in self.indices(epoch, first_step):
+                at = torch.from_numpy(part)
+                there = at.to(self.device)
+                yield Batch(self._finish(self._cut(images[there], epoch, part), epoch, part), labels[there], at)
+            return
+        assert self._reader is not None
+        self._batches = [[(epoch, int(i)) for i in part] for part in self.indices(epoch, first_step)]
+        for pictures, targets, at, skipped in self._reader:
+            if isinstance(pictures, str):
+                raise RunFailed(pictures)
+            self.skipped.update(skipped)
+            pictures = pictures.to(self.device, non_blocking=True)
+            yield Batch(self._finish(pictures.float(), epoch, at.numpy()), targets.to(self.device), at)
+
+    def _cut(self, images: Tensor, epoch: int, part: NDArray[np.int64]) -> Tensor:
+        """Crop and flip of pictures in memory: uint8 (b, 3, H, W) -> float32 (b, 3, S, S) in 0..255."""
+        size, augment = self.data.image_size, self.data.augment
+        if not self.train:
+            return crop.resize(images, size)
+        box = crop.boxes(self.seed, epoch, part, images.shape[2], images.shape[3], augment.scale)
+        flip = crop.flips(self.seed, epoch, part) & augment.flip
+        return crop.resized_crop(images, torch.from_numpy(box).to(self.device), torch.from_numpy(flip).to(self.device), size)
+
+    def _finish(self, images: Tensor, epoch: int, part: NDArray[np.int64]) -> Tensor:
+        """RandAugment, channels, normalization, erasing: what all sets share, batched on the device."""
+        if self._randaugment is not None:
+            images = self._randaugment(images, self.seed, epoch, part)
+        if self.channels == 1:
+            images = (images * torch.tensor(LUMA, device=images.device)[:, None, None]).sum(1, keepdim=True)
+        elif self.channels != 3:
+            images = images[:, [c % 3 for c in range(self.channels)]]
+        images = (images - self._mean) / self._std
+        if self.train and self.data.augment.erasing:
+            images = erase(images, self.data.augment.erasing, self.seed, epoch, part)
+        return images
+
+
+def statistics(channels: int) -> tuple[Tensor, Tensor]:
+    """ImageNet's mean and standard deviation (C, 1, 1) in 0..1; one channel: of luma; other numbers repeat RGB's."""
+    if channels == 1:
+        return torch.full((1, 1, 1), GREY_MEAN), torch.full((1, 1, 1), GREY_STD)
+    mean, std = (torch.tensor([x[c % 3] for c in range(channels)])[:, None, None] for x in (MEAN, STD))
+    return mean, std
+
+
+class _Ahead:
+    """Sampler over the batches that the loader has laid out, so that workers outlive an epoch."""
+
+    def __init__(self, loader: Loader) -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return iter(self.loader._batches)
+
+    def __len__(self) -> int:
+        return len(self.loader._batches)
+
+
+class _Reader:
+    """Reads, cuts and flips one file: (epoch, index) -> `Item`. Runs in the workers."""
+
+    def __init__(self, dataset: Files, data: Data, seed: int, train: bool) -> None:
+        self.dataset, self.data, self.seed, self.train = dataset, data, seed, train
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, int]) -> Item:
+        epoch, index = key
+        skipped: list[tuple[int, str]] = []
+        for i in ((index + k) % len(self.dataset) for k in range(len(self.dataset))):
+            try:
+                image = self.dataset.read(i)
+            except Unreadable as error:
+                if self.data.on_error == "raise":
+                    return str(error), 0, index, []
+                skipped.append((i, self.dataset.path_of(i)))
+                continue
+            return self._cut(image, epoch, index), int(self.dataset.labels[i]), index, skipped
+        return f"{self.dataset.root}: no readable picture in it", 0, index, []
+
+    def _cut(self, image: Tensor, epoch: int, index: int) -> Tensor:
+        """uint8 (3, H, W) -> uint8 (3, S, S)."""
+        size = self.data.image_size
+        resample = partial(F.resize, interpolation=F.InterpolationMode.BICUBIC, antialias=True)
+        if not self.train:
+            return F.center_crop(resample(image, [round(size * 256 / 224)]), [size, size])
+        one = np.array([index])
+        top, left, height, width = crop.boxes(self.seed, epoch, one, *image.shape[1:], self.data.augment.scale)[0].tolist()
+        image = resample(image[:, top : top + height, left : left + width], [size, size])
+        return image.flip(2) if self.data.augment.flip and crop.flips(self.seed, epoch, one)[0] else image
+
+
+def _collate(items: list[Item]) -> tuple[Tensor | str, Tensor, Tensor, list[tuple[int, str]]]:
+    """Stacks a batch; a picture that is wrong takes the batch's place."""
+    pictures = [item[0] for item in items]
+    wrong = next((p for p in pictures if isinstance(p, str)), None)
+    labels, indices = (torch.tensor([item[k] for item in items]) for k in (1, 2))
+    skipped = [pair for item in items for pair in item[3]]
+    return wrong or torch.stack([p for p in pictures if isinstance(p, Tensor)]), labels, indices, skipped

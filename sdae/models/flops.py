@@ -1,0 +1,71 @@
+"""FLOP of a run, by formula: one multiply-add is 2 FLOP; only matrix products count. Nothing here imports torch.
+
+Training counts three forward passes (forward, gradient of the inputs, gradient of the weights), less the gradient of
+the pictures, which nobody takes; a teacher counts one. All L patches are counted as embedded, also where the code
+embeds fewer. ViT-B/16 at 224 px, decoder 8 x 512: MAE 58.46 GFLOP an image; with a teacher that sees the full image 93.58, all
+masked patches 84.63, three folds 84.44, a crop of 49 67.27.
+"""
+
+from __future__ import annotations
+
+from sdae.config import Config, Method, Model, Teacher
+
+
+def blocks(tokens: int, width: int, depth: int, mlp_ratio: float) -> float:
+    """`depth` transformer blocks over one sequence: qkv, projection and MLP; the two products of the attention."""
+    return depth * ((8 + 4 * mlp_ratio) * tokens * width**2 + 4 * tokens**2 * width)
+
+
+def embedding(model: Model, tokens: int) -> float:
+    return 2 * tokens * _whole(model.patch_size) ** 2 * model.channels * _whole(model.width)
+
+
+def encoder(model: Model, tokens: int) -> float:
+    """The blocks over `tokens` patches and the cls token; no patch embedding."""
+    return blocks(tokens + 1, _whole(model.width), _whole(model.depth), float(model.mlp_ratio or 4))
+
+
+def teacher(model: Model, method: Method, tokens: int, masked: int) -> float:
+    """The teacher's forward pass of one picture of `tokens` patches, `masked` of them masked; 0 for MAE."""
+    if method.teacher is None:
+        return 0.0
+    return embedding(model, tokens) + _view(model, method.teacher, tokens, masked)
+
+
+def _view(model: Model, view: Teacher, tokens: int, masked: int) -> float:
+    if view.view == "full":
+        return encoder(model, tokens)
+    if view.view == "crop":
+        return encoder(model, _whole(view.tokens))
+    if view.view == "folds":
+        folds = _whole(view.folds)
+        return folds * encoder(model, masked // folds)
+    return encoder(model, masked)
+
+
+def pretraining(model: Model, method: Method, tokens: int, masked: int) -> float:
+    """FLOP of one picture's training step: student, decoder, teacher."""
+    width, dim = _whole(model.width), _whole(model.decoder_dim)
+    outputs = width if method.name == "sdae" else _whole(model.patch_size) ** 2 * model.channels
+    decoder = (
+        2 * (tokens - masked + 1) * width * dim
+        + blocks(tokens + 1, dim, model.decoder_depth or 0, 4.0)
+        + 2 * (tokens + 1) * dim * outputs
+    )
+    student = 3 * (encoder(model, tokens - masked) + decoder) + 2 * embedding(model, tokens)
+    return student + teacher(model, method, tokens, masked)
+
+
+def per_image(config: Config) -> float:
+    """FLOP of one training picture of a run: a probe's encoder is frozen and costs one forward pass."""
+    if config.stage == "pretrain" or config.stage == "cost":
+        return pretraining(config.model, config.method, config.tokens, config.masked)
+    forward = encoder(config.model, config.tokens)
+    if config.stage == "linprobe":
+        return forward + embedding(config.model, config.tokens)
+    return 3 * forward + 2 * embedding(config.model, config.tokens)
+
+
+def _whole(value: int | None) -> int:
+    assert value is not None  # filled in when the config was parsed
+    return value

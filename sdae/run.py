@@ -1,0 +1,166 @@
+"""The one entry that executes a run: from the terminal, from a worker, under torchrun and srun alike."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from sdae import provenance
+from sdae.config import Config, Data, dump, run_id
+from sdae.data.fingerprint import listing, resolve
+from sdae.errors import Interrupted, RunFailed, UserError
+from sdae.stages.session import Session
+from sdae.store import RunFolder, Store
+from sdae.training import distributed
+from sdae.training.loop import Stop
+from sdae.training.telemetry import Pulse
+
+STAGE_MODULES = {"pretrain": "pretrain", "finetune": "classify", "linprobe": "classify", "cost": "cost"}
+ATTENTION = {
+    "flash": [SDPBackend.FLASH_ATTENTION], "efficient": [SDPBackend.EFFICIENT_ATTENTION], "math": [SDPBackend.MATH],
+}  # fmt: skip
+
+
+class NeedNotDone(UserError):
+    """The pre-training that a run starts from has no result yet."""
+
+
+class AlreadyRunning(UserError):
+    """Another living process has claimed the run."""
+
+
+def execute(
+    config: Config, store: Store, *, progress: Callable[[dict[str, Any]], None] | None = None
+) -> dict[str, Any]:
+    """Runs one stage to its end and returns its result; a finished run's result is returned at once.
+
+    Raises UserError for bad input (nothing is recorded), NeedNotDone, AlreadyRunning, RunFailed (`failure.json` says
+    why) and Interrupted (the state is saved; execute again to go on).
+    """
+    if config.stage != "cost":
+        config = with_fingerprint(config)
+    folder = store.run(run_id(config))
+    if (result := folder.result()) is not None:
+        return result
+    if (need := getattr(getattr(config, "init", None), "run", None)) and not store.run(need).done:
+        raise NeedNotDone(f"{folder.id}: waits for {need}, which is not done in {store.root}")
+    if config.efficiency.threads:
+        torch.set_num_threads(config.efficiency.threads)
+    world = distributed.start(config.efficiency)
+    batch = config.optim.batch_size if config.stage != "cost" else world.size
+    if batch % world.size:
+        raise UserError(f"optim.batch_size: {batch} pictures cannot be shared equally by {world.size} processes")
+    if world.first:
+        store.open()
+        folder.create(config)
+    world.wait()
+    with contextlib.ExitStack() as stack:
+        if world.first and not stack.enter_context(folder.claim()):
+            raise AlreadyRunning(f"{folder.id}: another process is running it: {folder.claimed()}")
+        if (result := folder.result()) is not None:  # finished by another between the look and the claim
+            return result
+        return _execute(config, store, folder, world, progress)
+
+
+def with_fingerprint(config: Config) -> Config:
+    """The config with the fingerprint of the pictures that are really there; refuses to run on others."""
+    data: Data = resolve(config.data)
+    return config.model_copy(update={"data": data})
+
+
+def _execute(
+    config: Config, store: Store, folder: RunFolder, world: distributed.World,
+    progress: Callable[[dict[str, Any]], None] | None,
+) -> dict[str, Any]:  # fmt: skip
+    stage = import_module(f"sdae.stages.{STAGE_MODULES[config.stage]}")
+    began = time.time()
+    if world.first:
+        folder.write("provenance.json", provenance.record())
+        folder.forget_failure()
+        say(folder, f"{folder.id} starts on {world.device}, {world.size} process(es)")
+    try:
+        with Stop() as stop, pulse_of(folder, world, progress) as pulse, attention(config.efficiency.attention):
+            outcome = stage.run(config, Session(store, folder, world, pulse, stop))
+    except Interrupted as error:
+        if world.first:
+            say(folder, str(error))
+        raise
+    except UserError:
+        raise
+    except KeyboardInterrupt:
+        raise Interrupted(f"{folder.id}: stopped; run it again to go on from its last checkpoint") from None
+    except Exception as error:
+        kind = "OutOfMemory" if isinstance(error, (torch.OutOfMemoryError, MemoryError)) else type(error).__name__
+        message = str(error).strip() or kind
+        if world.first:
+            folder.fail(kind, message, traceback.format_exc())
+            say(folder, f"failed: {kind}: {message}")
+        raise RunFailed(f"{folder.id}: {message.splitlines()[0]}") from error
+    result = _result(config, folder, world, outcome, began)
+    if world.first:
+        from sdae.training.checkpoints import forget_states
+
+        folder.finish(result)
+        forget_states(folder.checkpoints)
+        say(folder, f"done in {result['time']['seconds']:.1f} s: {result['metrics']}")
+    world.wait()
+    return result
+
+
+def _result(
+    config: Config, folder: RunFolder, world: distributed.World, outcome: dict[str, Any], began: float
+) -> dict[str, Any]:
+    model = config.model
+    origin = provenance.code()
+    return {
+        "format": 1, "id": folder.id, "stage": config.stage, "seed": config.seed, "scale": config.scale,
+        "dataset": describe_data(config), "model": f"{model.arch} ({model.width}x{model.depth}, patch {model.patch_size})",
+        "image_size": config.data.image_size, "metrics": outcome["metrics"], "weights": outcome.get("weights", {}),
+        "time": {
+            "started": datetime.fromtimestamp(began, UTC).isoformat(timespec="seconds"),
+            "ended": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": round(time.time() - began, 3),
+        },
+        "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
+        "world_size": world.size, "synthetic": False, "config": dump(config),
+        "provenance": {"commit": origin["commit"], "dirty": origin["dirty"]},
+        "skipped": outcome.get("skipped", []),
+    }  # fmt: skip
+
+
+def describe_data(config: Config) -> dict[str, Any]:
+    if config.stage == "cost":
+        return {"name": "random", "fingerprint": None}
+    found = listing(config.data)
+    counts = {split: sum(numbers) for split, numbers in found.counts.items()}
+    return {"name": config.data.name, "fingerprint": config.data.fingerprint, **counts, "classes": len(found.classes)}
+
+
+@contextlib.contextmanager
+def pulse_of(
+    folder: RunFolder, world: distributed.World, progress: Callable[[dict[str, Any]], None] | None
+) -> Iterator[Pulse]:
+    """The heartbeat of rank 0; other ranks have one that stays silent."""
+    pulse = Pulse(folder, progress if world.first else None)
+    if world.first:
+        with pulse:
+            yield pulse
+    else:
+        yield pulse
+
+
+def attention(choice: str) -> contextlib.AbstractContextManager[Any]:
+    return contextlib.nullcontext() if choice == "auto" else sdpa_kernel(ATTENTION[choice])
+
+
+def say(folder: RunFolder, text: str) -> None:
+    """A line in the run's log."""
+    with contextlib.suppress(OSError), open(folder.log, "a", encoding="utf-8") as file:
+        file.write(f"{datetime.now(UTC).isoformat(timespec='seconds')} {text}\n")

@@ -1,0 +1,121 @@
+"""What one pre-training step costs beside MAE's: throughput, time per epoch, peak memory (paper Table 1).
+
+The method and MAE at the same shapes take turns, repeat by repeat, so that a machine whose speed drifts slows both.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import statistics
+import sys
+import time
+from typing import Any
+
+import torch
+
+from sdae.config import CostRun, Method, Pretrain, parse
+from sdae.models.flops import per_image
+from sdae.stages.pretrain import build
+from sdae.stages.session import Session, drop_factors, uniform
+from sdae.training import telemetry
+from sdae.training.loop import autocast
+from sdae.training.optimizers import adamw
+
+
+def run(config: CostRun, session: Session) -> dict[str, Any]:
+    """Medians over the repeats; the first repeat of each side warms up and is left out."""
+    peak = telemetry.peak_flops(session.world.device.type, config.precision)
+    mine = Bench(config, config.method, session)
+    baseline = mine if config.method.name == "mae" else Bench(config, Method(name="mae"), session)
+    sides = [mine] if baseline is mine else [mine, baseline]
+    repeats: dict[int, list[float]] = {id(side): [] for side in sides}
+    for turn in range(config.cost.repeats):
+        for side in sides:
+            repeats[id(side)].append(side.repeat())
+        session.pulse.tell(epoch=turn + 1, epochs=config.cost.repeats)
+    rates = [config.cost.batch_size * config.cost.steps / s for s in repeats[id(mine)]]
+    rate = statistics.median(rates)
+    pairs = zip(repeats[id(mine)], repeats[id(baseline)], strict=True)
+    overheads = [100 * (a / b - 1) for a, b in pairs] if baseline is not mine else []
+    flop = per_image(config)
+    method, teacher = config.method, config.method.teacher
+    metrics = {
+        "images_per_s": rate,
+        "time": config.cost.pictures / rate,
+        "overhead": statistics.median(overheads) if overheads else None,
+        "memory": None if mine.memory is None else mine.memory / 1e9,
+        "mfu": rate * flop / peak,
+        "gflop_per_image": flop / 1e9,
+        "flop_counter_gflop": mine.counted / config.cost.batch_size / 1e9,
+        "peak_tflops": peak / 1e12,
+        "arch": config.model.arch, "view": teacher.view if teacher else method.name,
+        "folds": teacher.folds if teacher else None, "tokens": teacher.tokens if teacher else None,
+        "batch_size": config.cost.batch_size, "pictures": config.cost.pictures,
+        "time_repeats": [config.cost.pictures / r for r in rates],
+        "images_per_s_repeats": rates, "overhead_repeats": overheads,
+    }  # fmt: skip
+    return {"metrics": metrics}
+
+
+class Bench:
+    """One method with its optimizer on random pictures."""
+
+    def __init__(self, config: CostRun, method: Method, session: Session):
+        self.config, self.device, self.step = config, session.world.device, 0
+        values = {"method": method.model_dump(), "model": config.model.model_dump(), "data": {"image_size": config.data.image_size}}
+        pretrain = parse({"stage": "pretrain", "precision": config.precision, **values})
+        assert isinstance(pretrain, Pretrain)
+        _release_memory()
+        telemetry.reset_peak_memory(self.device)
+        before = telemetry.peak_memory(self.device)
+        self.module = build(pretrain).to(self.device)
+        self.optimizer = adamw(self.module.student, 1e-4, 0.05, (0.9, 0.95))
+        size, channels = config.data.image_size, config.model.channels
+        generator = torch.Generator().manual_seed(0)
+        self.images = torch.randn(config.cost.batch_size, channels, size, size, generator=generator).to(self.device)
+        compile_it = config.efficiency.compile and self.device.type == "cuda"
+        self.model = torch.compile(self.module) if compile_it else self.module
+        self.repeat()
+        after = telemetry.peak_memory(self.device)
+        self.memory = None if before is None or after is None else max(after - before, 0)
+        self.counted = self._count()
+
+    def repeat(self) -> float:
+        """Seconds that `cost.steps` training steps take, the teacher's update included."""
+        telemetry.synchronize(self.device)
+        began = time.perf_counter()
+        for _ in range(self.config.cost.steps):
+            self.train_step()
+        telemetry.synchronize(self.device)
+        return time.perf_counter() - began
+
+    def train_step(self) -> None:
+        batch, model = len(self.images), self.config.model
+        noise = uniform((batch, self.config.tokens), 0, self.step).to(self.device, non_blocking=True)
+        drop = drop_factors(model.drop_path, model.depth or 0, 0, self.step, 0, batch, batch, self.device)
+        self.step += 1
+        self.optimizer.zero_grad(set_to_none=True)
+        with autocast(self.config.precision, self.device):
+            output = self.model(self.images, noise, drop)
+        output.loss.backward()
+        self.optimizer.step()
+
+    def _count(self) -> float:
+        """FLOP of one step of the batch as torch's counter sees them."""
+        from torch.utils.flop_counter import FlopCounterMode
+
+        model, self.model = self.model, self.module
+        with FlopCounterMode(display=False) as counter:
+            self.train_step()
+        self.model = model
+        return float(counter.get_total_flops())
+
+
+def _release_memory() -> None:
+    gc.collect()
+    if sys.platform == "linux":
+        try:
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+        except (OSError, AttributeError):
+            return  # another C library: the resident set stays a little higher

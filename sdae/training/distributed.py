@@ -1,0 +1,79 @@
+"""Ranks: one process by itself, under torchrun, or under srun; gloo on CPU, NCCL on GPU."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sdae.config import Efficiency
+from sdae.errors import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum over ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(value)
+        return value
+
+    def any(self, flag: bool) -> bool:
+        """True where it is true on some rank; ranks must call it together."""
+        if self.size == 1:
+            return flag
+        value = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+        return bool(value)
+
+    def wait(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+def start(efficiency: Efficiency) -> World:
+    """This process's place, read from torchrun's variables, else from srun's, else alone. Joins the group once."""
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        rank, size, local = (int(os.environ.get(k, "0")) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    elif int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
+        rank, size, local = (int(os.environ[k]) for k in ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))
+        os.environ.setdefault("MASTER_ADDR", _first_host(os.environ["SLURM_JOB_NODELIST"]))
+        os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ["SLURM_JOB_ID"]) % 20000))
+    else:
+        rank, size, local = 0, 1, 0
+    wanted = efficiency.device
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError("efficiency.device: cuda, but this machine has no usable GPU (allowed here: auto, cpu)")
+    if wanted != "cpu" and torch.cuda.is_available():
+        device = torch.device("cuda", local % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    if size > 1 and not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, rank=rank, world_size=size)
+    return World(rank, size, device)
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _first_host(nodes: str) -> str:
+    """The first name of a Slurm node list: `gpu[3-7,9],cpu1` -> gpu3."""
+    prefix, bracket, rest = nodes.partition("[")
+    if not bracket or "," in prefix:
+        return nodes.split(",")[0]
+    return prefix + rest.split("]")[0].split(",")[0].split("-")[0]

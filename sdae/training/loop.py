@@ -1,0 +1,261 @@
+"""The one training loop. Stages bring a `Task`; data order, augmentation and every random draw are functions of
+(seed, epoch, step), so a state is weights, optimizer and a step number, and a resumed run repeats nothing and skips nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from sdae.config import Finetune, Linprobe, Pretrain, run_id
+from sdae.data import Batch, Loader
+from sdae.errors import Interrupted, RunFailed
+from sdae.store import RunFolder
+from sdae.training import checkpoints, telemetry
+from sdae.training.distributed import World
+from sdae.training.optimizers import learning_rate
+
+Trained = Pretrain | Finetune | Linprobe
+
+
+class Task(Protocol):
+    """What a stage brings to the loop."""
+
+    module: nn.Module  # all that is saved; its forward takes what `inputs` returns and gives a scalar loss first
+    optimizer: torch.optim.Optimizer
+    gflop_per_image: float
+
+    def inputs(self, batch: Batch, step: int, first: int, total: int) -> tuple[Any, ...]:
+        """This rank's part of the global batch (pictures first .. of total) with its share of the step's random draws."""
+
+    def part(self, inputs: tuple[Any, ...], start: int, stop: int) -> tuple[Any, ...]:
+        """A micro-batch of the inputs."""
+
+    def after_step(self, step: int, epoch: int) -> None:
+        """Once per optimizer step."""
+
+    def after_epoch(self, epoch: int) -> dict[str, float]:
+        """Once per completed epoch (counted from 1); what it returns is logged."""
+
+    def watch(self, output: Any) -> dict[str, float]:
+        """Science metrics of the last forward pass, asked for when a row is logged."""
+
+
+def fit(
+    task: Task, config: Trained, run: RunFolder, loader: Loader, world: World, pulse: telemetry.Pulse, stop: Stop
+) -> None:
+    """Trains to the last epoch, or raises Interrupted with the state saved, or RunFailed on a non-finite loss."""
+    optim, efficiency = config.optim, config.efficiency
+    device, per_epoch = world.device, loader.steps_per_epoch
+    steps = optim.epochs * per_epoch
+    local = optim.batch_size // world.size
+    first = world.rank * local
+    micro = min(efficiency.micro_batch or local, local)
+    peak_lr = optim.base_lr * optim.batch_size / 256
+
+    sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss x steps, steps: since the last row
+    step = resume(task, run, world, sums)
+    model = compiled(task.module, config, world)
+    meter = telemetry.Meter(device, task.gflop_per_image, telemetry.peak_flops(device.type, config.precision))
+    saved = time.monotonic()
+    telemetry.reset_peak_memory(device)
+    task.module.train()
+
+    while step < steps:
+        epoch, within = divmod(step, per_epoch)
+        for batch in timed(loader.epoch(epoch, within), meter):
+            now = epoch + (step % per_epoch) / per_epoch
+            lr = learning_rate(now, peak=peak_lr, epochs=optim.epochs, warmup=optim.warmup_epochs, minimum=optim.min_lr)
+            for group in task.optimizer.param_groups:
+                group["lr"] = lr * group.get("lr_scale", 1.0)
+
+            inputs = task.inputs(batch, step, first, optim.batch_size)
+            loss = torch.zeros((), device=device)
+            output: Any = None
+            task.optimizer.zero_grad(set_to_none=True)
+            for start in range(0, local, micro):
+                end = min(start + micro, local)
+                with synchronized(model, last=end == local), autocast(config.precision, device):
+                    output = model(*task.part(inputs, start, end))
+                    share = (end - start) / local
+                    (output[0] * share).backward()
+                loss += output[0].detach() * share
+            if optim.clip is not None:
+                nn.utils.clip_grad_norm_(task.module.parameters(), optim.clip)
+            if device.type == "cpu":
+                refuse_non_finite(loss, task, config, run, batch, step, world)
+            task.optimizer.step()
+            task.after_step(step, epoch)
+            step += 1
+            sums += torch.stack([loss.double() / world.size, torch.ones_like(loss).double()])
+            meter.images += optim.batch_size
+
+            ends_epoch = step % per_epoch == 0
+            if step % efficiency.log_every == 0 or ends_epoch:
+                refuse_non_finite(sums[0], task, config, run, batch, step - 1, world)
+                row = {"step": step, "epoch": round(step / per_epoch, 4), "loss": mean_loss(sums, world), "lr": lr}
+                row |= task.watch(output)
+                if ends_epoch:
+                    row |= task.after_epoch(step // per_epoch)
+                    task.module.train()
+                sums.zero_()
+                row |= meter.row()
+                if world.first:
+                    run.append_metrics(row)
+                pulse.tell(**row)
+            pulse.tell(step=step, steps=steps, epoch=round(step / per_epoch, 3), epochs=optim.epochs)
+
+            halt = stop.agreed(world, step)
+            overdue = world.any(time.monotonic() - saved > 60 * efficiency.checkpoint_minutes) if step % 10 == 0 else False
+            if (halt or overdue) and step < steps:
+                save(task, run, step, sums, world)
+                saved = time.monotonic()
+            if halt and step < steps:
+                raise Interrupted(f"{run.id}: stopped at step {step} of {steps}; its state is saved, run it again to go on")
+            if ends_epoch:
+                break
+
+
+def resume(task: Task, run: RunFolder, world: World, sums: Tensor) -> int:
+    """Loads the latest whole state, if any; returns the number of steps already taken."""
+    state = checkpoints.load_state(run.checkpoints)
+    step = 0
+    if state is not None:
+        tensors, metadata = state
+        step = int(metadata["step"])
+        if metadata.get("id") != run.id:
+            raise RunFailed(f"{run.checkpoints}: holds the state of {metadata.get('id')}, not of {run.id}")
+        load_task(task, tensors)
+        sums.copy_(tensors["loop.sums"].to(sums.device))
+        sums[0] /= world.size  # saved for all ranks together
+    if world.first:
+        run.truncate_metrics(step)
+    world.wait()
+    return step
+
+
+def task_state(task: Task) -> dict[str, Tensor]:
+    """Weights and optimizer state as one flat mapping of tensors."""
+    state = {f"model.{name}": tensor for name, tensor in task.module.state_dict().items()}
+    names = {id(p): name for name, p in task.module.named_parameters()}
+    for parameter, values in task.optimizer.state.items():
+        for key, value in values.items():
+            if value is not None:
+                state[f"optimizer.{names[id(parameter)]}|{key}"] = torch.as_tensor(value)
+    return state
+
+
+def load_task(task: Task, tensors: dict[str, Tensor]) -> None:
+    weights = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+    task.module.load_state_dict(weights)
+    parameters = dict(task.module.named_parameters())
+    for key, value in tensors.items():
+        if key.startswith("optimizer."):
+            name, _, field = key.removeprefix("optimizer.").rpartition("|")
+            parameter = parameters[name]
+            task.optimizer.state[parameter][field] = value.to(parameter.device, copy=True)
+
+
+def save(task: Task, run: RunFolder, step: int, sums: Tensor, world: World) -> None:
+    total = world.sum(sums.clone())
+    if world.first:
+        state = task_state(task) | {"loop.sums": torch.stack([total[0], sums[1]])}
+        checkpoints.save_state(run.checkpoints, step, state, {"id": run.id})
+    world.wait()
+
+
+def mean_loss(sums: Tensor, world: World) -> float:
+    """Mean over the steps since the last row and over all pictures of all ranks."""
+    total = world.sum(sums.clone())
+    return float(total[0] / sums[1])
+
+
+def refuse_non_finite(
+    loss: Tensor, task: Task, config: Trained, run: RunFolder, batch: Batch, step: int, world: World
+) -> None:
+    """A loss that is not finite ends the run: the step, the batch's ids and the state of that moment are kept."""
+    if not world.any(not math.isfinite(float(loss))):
+        return
+    if world.first:
+        state = run.checkpoints / f"nonfinite-{step:08d}.safetensors"
+        checkpoints.save_weights(state, task_state(task), {"id": run.id, "step": step})
+    ids = ", ".join(str(int(i)) for i in batch.indices[:16])
+    raise RunFailed(
+        f"non-finite loss at step {step} ({config.stage} {run_id(config)}); the batch's pictures: {ids}"
+        f"{', ..' if len(batch.indices) > 16 else ''}; state kept in checkpoints/nonfinite-{step:08d}.safetensors"
+    )
+
+
+def compiled(module: nn.Module, config: Trained, world: World) -> nn.Module:
+    """The module as the loop calls it: compiled where asked and worth it, wrapped for several ranks."""
+    model = module
+    if config.efficiency.compile and world.device.type == "cuda":
+        model = torch.compile(model)  # type: ignore[assignment]
+    if world.size > 1:
+        model = DistributedDataParallel(model, broadcast_buffers=False)
+    return model
+
+
+def synchronized(model: nn.Module, last: bool) -> contextlib.AbstractContextManager[None]:
+    """Gradients are exchanged with the last micro-batch only."""
+    if isinstance(model, DistributedDataParallel) and not last:
+        return model.no_sync()  # type: ignore[no-any-return]
+    return contextlib.nullcontext()
+
+
+def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def timed(batches: Iterator[Batch], meter: telemetry.Meter) -> Iterator[Batch]:
+    """Counts the time that the loop waits for pictures."""
+    while True:
+        began = time.perf_counter()
+        batch = next(batches, None)
+        meter.waited += time.perf_counter() - began
+        if batch is None:
+            return
+        yield batch
+
+
+class Stop:
+    """SIGTERM, SIGUSR2 and Ctrl-C ask the loop to save and end; a second Ctrl-C ends at once."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Stop:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._ask) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, _frame: FrameType | None) -> None:
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def agreed(self, world: World, step: int) -> bool:
+        """Ranks must stop at the same step, so several ask one another at every tenth."""
+        if world.size == 1:
+            return self.asked
+        return world.any(self.asked) if step % 10 == 0 else False
+
+
+Progress = Callable[[dict[str, Any]], None]
