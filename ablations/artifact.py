@@ -63,7 +63,7 @@ class Column:
 
 @dataclass
 class Artifact:
-    """`paper` (of a user's own artifact only): printed values by cell. `specs`: by cell its run and what it may need."""
+    """`paper` (of a user's own artifact only): printed values by cell. `specs`: a cell's run and those it may need."""
 
     name: str
     kind: str

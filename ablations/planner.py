@@ -272,7 +272,9 @@ class _Planner:
         return init
 
     def _fingerprinted(self, config: Config) -> Config:
-        """The config with the fingerprint of its pictures, null where they are absent."""
+        """The config with the fingerprint of its pictures, null where they are absent; a cost run takes none."""
+        if config.stage == "cost":
+            return config
         key = _pictures(config.data)
         if key not in self.fingerprints:
             from sdae.data.fingerprint import fingerprint

@@ -1,12 +1,13 @@
 """The store as one pandas frame: a row per run folder, whatever its state.
 
-Invariant: the frame is a function of the run folders alone. `STORE/index.parquet` only remembers what was read from them; every
-row carries the stamp (time, size, inode) of the files it came from, and a row whose stamp has changed is read again. The index
-may be deleted at any time, is replaced whole by one rename, and a store that cannot be written does without it.
+Invariant: the frame is a function of the run folders alone. `STORE/index.parquet` only remembers what was read from
+them; every row carries the stamp (time, size, inode) of the files it came from, and a row whose stamp has changed is
+read again. The index may be deleted at any time, is replaced whole by one rename, and a store that cannot be written
+does without it.
 
-Columns (dtype): what `COLUMNS` below says, and after them one float64 column for every further flat number that some run's
-`result.json` holds under `metrics` (mIoU, AP, a user's own). Text is `string`, whole numbers `Int64`, truth values `boolean`,
-times `datetime64[us, UTC]`, other numbers `float64`; unknown is `<NA>` / `NaN` / `NaT`.
+Columns (dtype): what `COLUMNS` below says, and after them one float64 column for every further flat number that some
+run's `result.json` holds under `metrics` (mIoU, AP, a user's own). Text is `string`, whole numbers `Int64`, truth
+values `boolean`, times `datetime64[us, UTC]`, other numbers `float64`; unknown is `<NA>` / `NaN` / `NaT`.
 """
 
 from __future__ import annotations
@@ -39,7 +40,10 @@ COLUMNS: dict[str, tuple[pa.DataType, str]] = {
     "state": (TEXT, "done, failed, running, started (stopped, resumable), torn (result.json cannot be used)"),
     "scale": (TEXT, "label of the scale that asked for the run first"),
     "seed": (WHOLE, ""),
-    "arm": (TEXT, "hash of the config without its seed (parents likewise): equal for runs that differ in the seed only"),
+    "arm": (
+        TEXT,
+        "hash of the config without its seed (parents likewise): equal for runs that differ in the seed only",
+    ),
     "need": (TEXT, "id of the pre-training whose weights it starts from"),
     "dataset": (TEXT, "name of the data set"),
     "fingerprint": (TEXT, "hash of its class list and counts"),
@@ -200,7 +204,7 @@ def _torn(row: dict[str, Any], message: str) -> dict[str, Any]:
 
 
 def _unfinished(folder: str, row: dict[str, Any]) -> dict[str, Any]:
-    """A run without a result: its config, and why it failed. The state is looked up at every call, it ages by itself."""
+    """A run without a result: its config, and why it failed. The state is looked up at every call: it ages."""
     row |= {"state": "started"}
     config = _config_file(folder)
     if config:
@@ -258,7 +262,11 @@ def _outcome(row: dict[str, Any], result: dict[str, Any]) -> None:
             if dataset.get(key) is not None:
                 row[key] = dataset[key]
     time = result.get("time") or {}
-    row["seconds"], row["started"], row["ended"] = time.get("seconds"), _instant(time.get("started")), _instant(time.get("ended"))
+    row["seconds"], row["started"], row["ended"] = (
+        time.get("seconds"),
+        _instant(time.get("started")),
+        _instant(time.get("ended")),
+    )
     provenance = result.get("provenance") or {}
     row["commit"], row["dirty"] = provenance.get("commit"), provenance.get("dirty")
     metrics = row["metrics"] = result["metrics"]
@@ -339,7 +347,8 @@ def _frame(store: Store, index: pa.Table) -> pd.DataFrame:
         ids = list(own)
         states = [store.run(ids[n]).state() if s == "started" else s for n, s in enumerate(states)]
         index = index.set_column(index.schema.get_field_index("state"), "state", pa.array(states, type=TEXT))
-    return index.drop_columns(list(_HIDDEN)).to_pandas(types_mapper=_MAPPER.get)
+    frame: pd.DataFrame = index.drop_columns(list(_HIDDEN)).to_pandas(types_mapper=_MAPPER.get)
+    return frame
 
 
 def distinct(values: Iterable[Any]) -> list[str]:

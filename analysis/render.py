@@ -1,6 +1,7 @@
 """One `Table` as Markdown, LaTeX (booktabs), HTML, CSV or JSON: the paper's rows, then per metric paper | measured | n.
 
-Empty means not run, `unknown` that the paper does not print the value. Bold: not statistically worse than the column's best.
+Empty means not run, `unknown` that the paper does not print the value. Bold: not statistically worse than the
+column's best.
 """
 
 from __future__ import annotations
@@ -24,14 +25,21 @@ LEGEND = "Empty: not run. unknown: not printed in the paper. ±: 95 % interval o
 BOLD = "Bold: not statistically worse than the column's best."
 PACKAGES = ("booktabs", "amssymb", "graphicx")
 CSV_COLUMNS = (
-    "artifact", "scale", "dataset", "model", "synthetic", "row", "label", "column", "cell", "paper", "paper_decimals", "measured",
-    "low", "high", "seeds", "seeds_planned", "verdict", "state", "best", "interval", "runs",
+    "artifact", "scale", "dataset", "model", "synthetic", "row", "label", "column", "cell", "paper",
+    "paper_decimals", "measured", "low", "high", "seeds", "seeds_planned", "verdict", "state", "best", "interval",
+    "runs",
 )  # fmt: skip
 
 
 def render(table: Table, format: str = "md") -> str:
     """`format`: md, latex, html, csv (one line per cell) or json. LaTeX is a `table` environment; see `document`."""
-    renderers: dict[str, Callable[[Table], str]] = {"md": _md, "latex": _latex, "html": _html, "csv": _csv, "json": _json}
+    renderers: dict[str, Callable[[Table], str]] = {
+        "md": _md,
+        "latex": _latex,
+        "html": _html,
+        "csv": _csv,
+        "json": _json,
+    }
     if format not in renderers:
         raise UserError(f"format {format!r} is unknown (allowed: {', '.join(FORMATS)})")
     return renderers[format](table)
@@ -110,7 +118,7 @@ def _notes(table: Table) -> list[str]:
 
 
 def _unit(column: Column) -> str:
-    return f" [{column.unit}]" if column.unit else ""
+    return f"({column.unit})" if column.unit else ""
 
 
 # Markdown
@@ -120,7 +128,7 @@ def _md(table: Table) -> str:
     for column in grid.metrics:
         base, above, below = _split(column.label)
         label = _md_text(base) + (f"<sup>{above}</sup>" if above else "") + (f"<sub>{below}</sub>" if below else "")
-        header += [f"{label}{_md_text(_unit(column))} {grid.below[0]}", *grid.below[1:]]
+        header += [" ".join(filter(None, (label, _md_text(_unit(column)), grid.below[0]))), *grid.below[1:]]
     lines = [f"**{_md_text(name_of(table.artifact))}.** {_md_text(table.caption)}", ""]
     lines += [_md_row(header), _md_row([":--"] + ["--:"] * (len(header) - 1))]
     for row in grid.rows:
@@ -133,7 +141,7 @@ def _md_row(cells: list[str]) -> str:
 
 
 def _md_text(text: str) -> str:
-    flat = re.sub(r"([\\`*_|\[\]])", r"\\\1", " ".join(text.split()))
+    flat = re.sub(r"([\\`*_|~\[\]])", r"\\\1", " ".join(text.split()))
     return flat.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
@@ -143,16 +151,31 @@ def _html(table: Table) -> str:
     width = len(grid.leading) + len(grid.metrics) * len(grid.below)
     flag = ' data-synthetic="true"' if table.synthetic else ""
     title, caption = html.escape(name_of(table.artifact)), html.escape(table.caption)
-    lines = [f'<table class="sdae"{flag}>', f"<caption><strong>{title}.</strong> {caption}</caption>", "<thead>", "<tr>"]
+    lines = [
+        f'<table class="sdae"{flag}>',
+        f"<caption><strong>{title}.</strong> {caption}</caption>",
+        "<thead>",
+        "<tr>",
+    ]
     lines += [f'<th scope="col" rowspan="2">{html.escape(text)}</th>' for text in grid.leading]
     for column in grid.metrics:
         base, above, below = _split(column.label)
         label = html.escape(base) + (f"<sup>{above}</sup>" if above else "") + (f"<sub>{below}</sub>" if below else "")
-        lines.append(f'<th scope="colgroup" colspan="{len(grid.below)}">{label}{html.escape(_unit(column))}</th>')
-    lines += ["</tr>", "<tr>", *[f'<th scope="col">{text}</th>' for text in grid.below * len(grid.metrics)], "</tr>", "</thead>", "<tbody>"]
+        lines.append(f'<th scope="colgroup" colspan="{len(grid.below)}">{label} {html.escape(_unit(column))}</th>')
+    lines += [
+        "</tr>",
+        "<tr>",
+        *[f'<th scope="col">{text}</th>' for text in grid.below * len(grid.metrics)],
+        "</tr>",
+        "</thead>",
+        "<tbody>",
+    ]
     for row in grid.rows:
         cells = [f'<th scope="row">{html.escape(row[0].text)}</th>']
-        cells += [f"<td><strong>{html.escape(e.text)}</strong></td>" if e.bold else f"<td>{html.escape(e.text)}</td>" for e in row[1:]]
+        cells += [
+            f"<td><strong>{html.escape(e.text)}</strong></td>" if e.bold else f"<td>{html.escape(e.text)}</td>"
+            for e in row[1:]
+        ]
         lines.append(f"<tr>{''.join(cells)}</tr>")
     notes = "".join(f"<li>{html.escape(note)}</li>" for note in _notes(table))
     lines += ["</tbody>", f'<tfoot><tr><td colspan="{width}"><ul>{notes}</ul></td></tr></tfoot>', "</table>"]
@@ -162,16 +185,18 @@ def _html(table: Table) -> str:
 # LaTeX
 _TEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_",
-    "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
-    '"': r"\textquotedbl{}", "±": r"$\pm$", "×": r"$\times$", "✓": r"$\checkmark$", "–": "--", "—": "---", "…": r"\dots{}", "²": "$^2$",
-    "Θ": r"$\Theta$", "µ": r"$\mu$", "μ": r"$\mu$", "≥": r"$\geq$", "≤": r"$\leq$", "→": r"$\rightarrow$", "\u2019": "'", "-": "{-}",
-    "`": r"\textasciigrave{}", "[": "{[}", "]": "{]}", "*": "{*}", "'": "{'}", "?": "{?}", "!": "{!}",
+    "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "<": r"\textless{}", ">": r"\textgreater{}",
+    "|": r"\textbar{}", '"': r"\textquotedbl{}", "±": r"$\pm$", "×": r"$\times$", "✓": r"$\checkmark$", "–": "--",
+    "—": "---", "…": r"\dots{}", "²": "$^2$", "Θ": r"$\Theta$", "µ": r"$\mu$", "μ": r"$\mu$", "≥": r"$\geq$", "≤": r"$\leq$",
+    "→": r"$\rightarrow$", "\u2019": "'", "`": r"\textasciigrave{}",
+    "[": "{[}", "]": "{]}", "*": "{*}",  # each would be read as an argument of a row's end
 }  # fmt: skip
 
 
 def _tex(text: str) -> str:
-    """Text that LaTeX sets as it stands: nothing in it is a command, and characters without a glyph become their code."""
-    return "".join(_tex_char(char) for char in " ".join(text.split()))
+    """Text that LaTeX sets as it stands: nothing in it is a command; characters without a glyph become their code."""
+    apart = re.sub(r"([-',?!])(?=[-',`])", "\\1\0", " ".join(text.split()))  # no ligatures: -- stays two hyphens
+    return "".join("{}" if char == "\0" else _tex_char(char) for char in apart)
 
 
 def _tex_char(char: str) -> str:
@@ -194,7 +219,7 @@ def _latex(table: Table) -> str:
     for index, column in enumerate(grid.metrics):
         base, above, below = _split(column.label)
         label = _tex(base) + (f"$^{{{above}}}$" if above else "") + (f"$_{{{below}}}$" if below else "")
-        first.append(rf"\multicolumn{{{per}}}{{c}}{{{label}{_tex(_unit(column))}}}")
+        first.append(rf"\multicolumn{{{per}}}{{c}}{{{label} {_tex(_unit(column))}}}")
         start = len(grid.leading) + index * per + 1
         rules.append(rf"\cmidrule(lr){{{start}-{start + per - 1}}}")
     second = [_tex(text) for text in grid.leading] + [*grid.below] * len(grid.metrics)
@@ -204,10 +229,12 @@ def _latex(table: Table) -> str:
         *(["% SYNTHETIC RESULTS, made up to test this table"] if table.synthetic else []),
         r"\begin{table}[htbp]", r"\centering", r"\small",
         rf"\caption{{\textbf{{{_tex(name_of(table.artifact))} of the paper.}} {_tex(table.caption)}}}",
-        r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%", rf"\begin{{tabular}}{{@{{}}{alignment}@{{}}}}", r"\toprule",
+        r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
+        rf"\begin{{tabular}}{{@{{}}{alignment}@{{}}}}", r"\toprule",
         " & ".join(first) + r" \\", "".join(rules), " & ".join(second) + r" \\", r"\midrule",
         *[" & ".join(row) + r" \\" for row in body],
-        r"\bottomrule", r"\end{tabular}}", r"\par\smallskip\raggedright\footnotesize", *[_tex(note) + r"\par" for note in _notes(table)],
+        r"\bottomrule", r"\end{tabular}}", r"\par\smallskip\raggedright\footnotesize",
+        *[_tex(note) + r"\par" for note in _notes(table)],
         r"\end{table}",
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
@@ -216,7 +243,9 @@ def _latex(table: Table) -> str:
 def document(latex: str) -> str:
     """A LaTeX rendering as a document that compiles on its own."""
     packages = [r"\usepackage[T1]{fontenc}", *[rf"\usepackage{{{package}}}" for package in PACKAGES]]
-    return "\n".join([r"\documentclass{article}", *packages, r"\begin{document}", latex.rstrip(), r"\end{document}", ""])
+    return "\n".join(
+        [r"\documentclass{article}", *packages, r"\begin{document}", latex.rstrip(), r"\end{document}", ""]
+    )
 
 
 # For machines
@@ -228,7 +257,12 @@ def _csv(table: Table) -> str:
     for row in table.rows:
         for column, cell in row.cells.items():
             values = cell.to_dict()
-            writer.writerow(common | {"row": row.name, "label": row.label, "column": column} | values | {"runs": " ".join(values["runs"])})
+            writer.writerow(
+                common
+                | {"row": row.name, "label": row.label, "column": column}
+                | values
+                | {"runs": " ".join(values["runs"])}
+            )
     return buffer.getvalue()
 
 

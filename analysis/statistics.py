@@ -28,10 +28,10 @@ class Pool:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over `n` seeds. `error` is its standard error on `df` degrees of freedom; null with nothing to tell it from.
+    """A mean over `n` seeds. `error` is its standard error on `df` degrees of freedom; null where nothing tells it.
 
-    `source` of the error: `seeds` (this cell's own), `pooled` (one seed, the variance of other arms), `repeats` (one run of a
-    cost measurement, the spread of its repeats), or null.
+    `source` of the error: `seeds` (this cell's own), `pooled` (one seed, the variance of other arms), `repeats` (one
+    cost run, the spread of its repeats), or null.
     """
 
     mean: float
@@ -86,8 +86,8 @@ def verdict(measured: Estimate, printed: Printed) -> Verdict:
     """A measured mean against a printed value, which stands for the half-open interval of all that rounds to it.
 
     - above, below: the whole 95 % interval lies beyond that of the printed value: the difference is significant.
-    - agrees: the two overlap and the measurement is precise: half its interval is at most 1 % of the printed value, or one
-      unit of its last digit where that is more. (84.1 with an interval of half a point agrees; with two points it tells nothing.)
+    - agrees: the two overlap and the measurement is precise: half its interval is at most 1 % of the printed value,
+      or one unit of its last digit where that is more. (84.1 ± 0.5 agrees; 84.1 ± 2 tells nothing.)
     - undecided: they overlap and it is not that precise, or there is no interval.
     """
     if measured.low is None or measured.high is None:
@@ -117,7 +117,10 @@ def not_worse(estimates: dict[str, Estimate], higher_is_better: bool) -> set[str
 def _p_worse(one: Estimate, best: Estimate) -> float:
     """One-sided p of `one` being as good as `best`."""
     gap = abs(one.mean - best.mean)
-    assert one.error is not None and best.error is not None and one.df is not None and best.df is not None
+    assert one.error is not None
+    assert one.df is not None
+    assert best.error is not None
+    assert best.df is not None
     a, b = one.error**2, best.error**2
     if a + b == 0:
         return 1.0 if gap == 0 else 0.0

@@ -1,7 +1,7 @@
 """A table or figure of the paper from a store: per cell the printed value, the measured mean, its interval, a verdict.
 
-Cells come from the planner: it says which run ids feed a cell, and only those runs count. What differs in anything but the
-seed is never averaged, and synthetic results never stand beside real ones.
+Cells come from the planner: it says which run ids feed a cell, and only those runs count. What differs in anything
+but the seed is never averaged, and synthetic results never stand beside real ones.
 """
 
 from __future__ import annotations
@@ -24,14 +24,19 @@ from sdae.errors import UserError
 from sdae.store import Store
 
 # Which key of a config says at this scale what a row prints in the paper's terms.
-_HERE = {"momentum": "method.ema.momentum", "tokens": "method.teacher.tokens", "epochs": "optim.epochs", "epoch": "init.epoch"}
+_HERE = {
+    "momentum": "method.ema.momentum",
+    "tokens": "method.teacher.tokens",
+    "epochs": "optim.epochs",
+    "epoch": "init.epoch",
+}
 
 
 @dataclass
 class TableCell:
-    """`paper` null: the paper does not print it (`dash`: it prints a dash). `measured` null: see `state`, which is one of
+    """`paper` null: the paper does not print it (`dash`: it prints a dash). No `estimate`: see `state`, one of
 
-    measured; partly (fewer seeds than asked for); running; failed; not run; no value (the run is done, without this metric).
+    measured; partly (fewer seeds than asked for); running; failed; not run; no value (done, without this metric).
     """
 
     cell: str
@@ -130,7 +135,13 @@ class Table:
             "runs": self.runs,
             "commits": self.commits,
             "columns": [
-                {"column": c.name, "label": c.label, "unit": c.unit, "decimals": c.decimals, "higher_is_better": c.higher_is_better}
+                {
+                    "column": c.name,
+                    "label": c.label,
+                    "unit": c.unit,
+                    "decimals": c.decimals,
+                    "higher_is_better": c.higher_is_better,
+                }
                 for c in self.columns
             ],
             "rows": [
@@ -156,14 +167,16 @@ def build(store: Store, artifact: str | Path, scale: str | Path = "smoke", seeds
 
 
 def _sweep(here: pd.DataFrame, artifact: str | Path, scale: Scale, seeds: Sequence[int]) -> Sweep:
-    """The plan that the store's runs belong to. The pictures need not be on this machine: their fingerprint is in the runs."""
+    """The plan that the store's runs belong to. The pictures need not be here: their fingerprint is in the runs."""
     counts = here.loc[here["dataset"] == scale.data["name"], "fingerprint"].value_counts()
     if len(counts) == 1:
         return plan([artifact], scale, seeds, fingerprint=str(counts.index[0]))
     sweep = plan([artifact], scale, seeds)
     if sweep.provisional and len(counts):
         found = ", ".join(f"{name} ({n} runs)" for name, n in counts.items())
-        print(f"{scale.name}: the store has runs on several sets of pictures: {found}; showing the first", file=sys.stderr)
+        print(
+            f"{scale.name}: the store has runs on several sets of pictures: {found}; showing the first", file=sys.stderr
+        )
         return plan([artifact], scale, seeds, fingerprint=str(counts.index[0]))
     return sweep
 
@@ -184,14 +197,16 @@ class _Builder:
             by_name[cell.row].cells[cell.column] = self.cell(cell, artifact)
         self.scaled_meta(rows)
         for column in artifact.columns:
-            cells = {r.name: r.cells[column.name] for r in rows if column.name in r.cells and r.cells[column.name].estimate}
-            for name in not_worse({k: c.estimate for k, c in cells.items() if c.estimate}, column.higher_is_better):
-                cells[name].best = True
+            shown = {row.name: row.cells[column.name] for row in rows if column.name in row.cells}
+            estimates = {name: place.estimate for name, place in shown.items() if place.estimate}
+            for name in not_worse(estimates, column.higher_is_better):
+                shown[name].best = True
         runs = self.frame.loc[sorted(self.used)]
         synthetic = set(runs["synthetic"].dropna())
         if len(synthetic) > 1:
             made_up = runs.index[runs["synthetic"].fillna(False).astype(bool)]
-            raise UserError(f"{artifact.name}: {len(made_up)} of {len(runs)} runs are synthetic (e.g. {made_up[0]}): not mixed with real ones")
+            found = f"{len(made_up)} of {len(runs)} runs are synthetic (e.g. {made_up[0]})"
+            raise UserError(f"{artifact.name}: {found}: not mixed with real ones")
         table = Table(
             artifact.name, artifact.kind, artifact.title, self.sweep.scale.name, self.sweep.scale.title,
             self.dataset(runs), ", ".join(frames.distinct(runs["model"])) or None, artifact.columns, rows, self.seeds,
@@ -203,16 +218,16 @@ class _Builder:
     def cell(self, cell: Cell, artifact: Artifact) -> TableCell:
         paper = self.printed.get(cell.name)
         if paper is None and cell.name in artifact.paper:
-            decimals = next(c.decimals for c in artifact.columns if c.name == cell.column)
-            paper = Printed(artifact.paper[cell.name], decimals, "", artifact.name)
+            column = next(c for c in artifact.columns if c.name == cell.column)
+            paper = Printed(artifact.paper[cell.name], column.decimals, column.unit, artifact.name)
         ids = list(dict.fromkeys(identity for _, identity in self.sweep.cells.get(cell.name, [])))
         rows = self.frame.loc[[i for i in ids if i in self.frame.index]]
         states = set(rows["state"])
         done = rows[rows["state"] == "done"]
         known = done[cell.metric].dropna() if cell.metric in done.columns else done["top1"].iloc[:0]
-        result = TableCell(
-            cell.name, paper and paper.value, paper and paper.decimals, cell.name in self.dashes, "not run", len(ids), list(known.index)
-        )
+        value, decimals = (paper.value, paper.decimals) if paper else (None, None)
+        dash = cell.name in self.dashes
+        result = TableCell(cell.name, value, decimals, dash, "not run", len(ids), list(known.index))
         if "torn" in states:
             torn = rows.index[rows["state"] == "torn"]
             self.notes.append(f"{', '.join(torn)}: {rows.loc[torn[0], 'message']}; left out.")
@@ -230,17 +245,17 @@ class _Builder:
         self.used.update(known.index)
         result.state = "measured" if len(known) == len(ids) else "partly"
         assert cell.metric is not None
-        result.estimate = estimate(
-            [float(v) for v in known], self.pooled(str(done.loc[known.index[0], "stage"]), cell.metric), _repeats(done, cell.metric)
-        )
+        pooled = self.pooled(str(done.loc[known.index[0], "stage"]), cell.metric)
+        result.estimate = estimate([float(v) for v in known], pooled, _repeats(done, cell.metric))
         if paper is not None and self.sweep.scale.name == "paper":
             result.verdict = verdict(result.estimate, paper)
         return result
 
     def pooled(self, stage: str, metric: str) -> Pool | None:
-        """Over every arm of this stage that the store has at this scale and on these pictures, not this artifact's only."""
+        """Over every arm of this stage in the store at this scale and on these pictures, not this artifact's only."""
         if (stage, metric) not in self.pools:
-            mine = self.frame[self.frame["stage"].eq(stage).fillna(False) & self.frame["state"].eq("done") & self.frame[metric].notna()]
+            mine = self.frame[self.frame["state"].eq("done") & self.frame[metric].notna()]
+            mine = mine[mine["stage"].eq(stage)]
             planned = mine.index.isin(list(self.sweep.runs))
             same = mine["scale"].eq(self.sweep.scale.name).fillna(False).astype(bool)
             for key in ("fingerprint", "synthetic"):
@@ -253,7 +268,7 @@ class _Builder:
         return self.pools[stage, metric]
 
     def scaled_meta(self, rows: list[TableRow]) -> None:
-        """Where the scale changed a number that a row prints, the row shows both: the paper's and the one that was run."""
+        """Where the scale changed a number that a row prints, the row shows both, the paper's and the one that ran."""
         for row in rows:
             for key in [key for key in row.meta if key in _HERE]:
                 for cell in row.cells.values():
@@ -286,22 +301,26 @@ class _Builder:
 
     def explain(self, table: Table) -> None:
         cells = [cell for cell in table.cells() if cell.estimate]
-        by_source = {s: [c for c in cells if c.estimate and c.estimate.source == s] for s in ("pooled", "repeats", None)}
+        sources = {cell.estimate.source for cell in cells if cell.estimate}
         notes = table.notes
         if table.synthetic:
             notes.append("SYNTHETIC: these results were made up to test the tables; no model was trained.")
         if not table.comparable and any(cell.paper is not None for cell in table.cells()):
-            notes.append("Measured at another scale than the paper's: the two are shown side by side and not compared; no verdict is given.")
+            notes.append("Measured at another scale than the paper's: side by side, not compared; no verdict is given.")
         if table.runs == 0:
             notes.append("The store has no finished run of this artifact at this scale.")
-        if by_source["pooled"]:
-            pools = {p.df: p for p in self.pools.values() if p}
-            detail = ", ".join(f"{p.arms} arm{'s' * (p.arms > 1)}, {p.df} degree{'s' * (p.df > 1)} of freedom" for p in pools.values())
-            notes.append(f"Cells with one seed borrow the variance pooled over the arms of their stage that have several ({detail}).")
-        if by_source["repeats"]:
+        if "pooled" in sources:
+            pools = {(p.arms, p.df): f"{p.arms} arm{'s' * (p.arms > 1)}, {p.df} df" for p in self.pools.values() if p}
+            notes.append(
+                "Cells with one seed borrow the variance pooled over the arms of their stage that have several "
+                f"({'; '.join(pools.values())})."
+            )
+        if "repeats" in sources:
             notes.append("Intervals of costs with one seed come from the repeats within the run.")
-        if by_source[None]:
-            notes.append("One seed, and no arm with several to borrow a variance from: cells without ± have no interval.")
+        if None in sources:
+            notes.append(
+                "Cells without ± have one seed, and no arm has several to borrow a variance from: no interval."
+            )
         notes += dict.fromkeys(self.notes)
 
 

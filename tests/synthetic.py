@@ -26,8 +26,8 @@ def fill(
 ) -> None:
     """Done run folders for every run of `sweep`, as `sdae.run` would leave them.
 
-    means: planted mean by cell name; other cells get `default`. Each run's value is its cell's mean plus normal noise that is a
-    function of the run's id. Runs that feed a cell of `skip` (or a row, `table5.masked`) directly are left out.
+    means: planted mean by cell name; other cells get `default`. Each run's value is its cell's mean plus normal noise,
+    a function of the run's id. Runs that feed a cell of `skip` (or a row, `table5.masked`) directly are left out.
     """
     metrics: dict[str, dict[str, Any]] = {identity: {} for identity in sweep.runs}
     left_out: set[str] = set()
@@ -53,12 +53,13 @@ def result(config: Config, identity: str, metrics: Mapping[str, Any], *, synthet
         values |= {"top5": 95.0, "loss": 1.0}
     if config.stage == "cost" and config.method.name == "mae":
         values["overhead"] = None
+    data, model = config.data, config.model
     return {
         "format": 1, "id": identity, "stage": config.stage, "seed": config.seed, "scale": config.scale,
-        "dataset": {"name": config.data.name, "fingerprint": config.data.fingerprint, "train": 256, "val": 128, "classes": 10},
-        "model": f"{config.model.arch} ({config.model.width}x{config.model.depth})", "image_size": config.data.image_size,
-        "metrics": values, "time": {"started": 1.7e9, "ended": 1.7e9 + 60, "seconds": 60.0}, "device": "cpu",
-        "synthetic": synthetic, "weights": {}, "config": dump(config), "provenance": {"commit": "c0ffee" * 6 + "c0ff", "dirty": False},
+        "dataset": {"name": data.name, "fingerprint": data.fingerprint, "train": 256, "val": 128, "classes": 10},
+        "model": f"{model.arch} ({model.width}x{model.depth})", "image_size": data.image_size, "metrics": values,
+        "time": {"started": 1.7e9, "ended": 1.7e9 + 60, "seconds": 60.0}, "device": "cpu", "synthetic": synthetic,
+        "weights": {}, "config": dump(config), "provenance": {"commit": "c0ffee" * 6 + "c0ff", "dirty": False},
     }  # fmt: skip
 
 

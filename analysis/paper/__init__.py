@@ -1,4 +1,4 @@
-"""The paper's own numbers, keyed by cell. `printed.yaml` beside this file holds them; nothing else in the suite does."""
+"""The paper's own numbers, keyed by cell. `printed.yaml` beside this file holds them, and nothing else does."""
 
 from __future__ import annotations
 

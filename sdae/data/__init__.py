@@ -1,4 +1,7 @@
-"""Pictures: which ones (`fingerprint`, without torch), how they are read (`open_dataset`), and what is made of them (`Loader`, `mix`)."""
+"""Pictures: which ones (`fingerprint`), how they are read (`open_dataset`), what is made of them (`Loader`, `mix`).
+
+`fingerprint` and `resolve` are there without torch; the other names import it when they are first used.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Batch", "Dataset", "Loader", "fingerprint", "mix", "open_dataset", "resolve"]
 
-_WITH_TORCH = {"Batch": "loader", "Dataset": "datasets", "Loader": "loader", "mix": "mixing", "open_dataset": "datasets"}
+_HOMES = {"Batch": "loader", "Dataset": "datasets", "Loader": "loader", "mix": "mixing", "open_dataset": "datasets"}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _WITH_TORCH:
-        return getattr(import_module(f"sdae.data.{_WITH_TORCH[name]}"), name)
+    if name in _HOMES:
+        return getattr(import_module(f"sdae.data.{_HOMES[name]}"), name)
     raise AttributeError(name)

@@ -1,7 +1,7 @@
 """The built-in dataset: textured, overlapping shapes upon textured ground, drawn from (split, index) alone.
 
-The class is the pair (texture, shape) of the object in front, which is also the largest one. Colours, contrast, ground and
-smaller objects behind are random, so that neither colour nor texture alone tells the class. Integer arithmetic and
+The class is the pair (texture, shape) of the object in front, which is also the largest one. Colours, contrast, ground
+and smaller objects behind are random, so that neither colour nor texture alone tells the class. Integer arithmetic and
 integer tables only, with randomness from splitmix64: the same bytes on every machine. A change of the pictures needs a
 new `VERSION`, which enters the fingerprint.
 """
@@ -26,16 +26,17 @@ UNIT = 4096  # fixed-point length of a picture's side
 LATTICE = 5  # knots of the slow light field
 CHUNK = 64  # pictures drawn at once: the working set stays in the processor's cache
 
-_QUARTER = (0, 401, 799, 1189, 1567, 1931, 2276, 2598, 2896, 3166, 3406, 3612, 3784, 3920, 4017, 4076, 4096)  # sin x 2^12
+# sin(k pi / 32) x 4096
+_QUARTER = (0, 401, 799, 1189, 1567, 1931, 2276, 2598, 2896, 3166, 3406, 3612, 3784, 3920, 4017, 4076, 4096)
 _HALF = _QUARTER + _QUARTER[-2:0:-1]
 SINE = np.array(_HALF + tuple(-x for x in _HALF), np.int32)  # 64 angles
 
-Ints = NDArray[np.int32]
+Ints = Any  # NDArray[np.int32]: numpy's stubs lose the width of such expressions
 
 
 @dataclass(frozen=True)
 class Instances:
-    """The visible objects of one picture, back to front: bool masks (k, s, s), boxes (k, 4) x0 y0 x1 y1, labels (k,)."""
+    """A picture's visible objects, back to front: bool masks (k, s, s), boxes (k, 4) x0 y0 x1 y1, labels (k,)."""
 
     masks: NDArray[np.bool_]
     boxes: NDArray[np.int64]
@@ -75,7 +76,7 @@ def render(indices: Sequence[int], split: str, size: int, classes: int = 10, *, 
 
 
 def _draw(indices: NDArray[np.int64], labels: NDArray[np.int64], split: str, classes: int) -> dict[str, Any]:
-    """The scene's numbers: per-object arrays (OBJECTS + 1, n), the last row being the ground; colours get a last axis."""
+    """The scenes' numbers: arrays (OBJECTS + 1, n), the last row being the ground, or (OBJECTS, n)."""
     counter = 0
     keys = hashed(BUILTIN, VERSION, {"train": 0, "val": 1}[split], indices)
 
@@ -124,7 +125,6 @@ def _paint(scene: dict[str, Any], size: int) -> tuple[NDArray[np.uint8], NDArray
     n = scene["angle"].shape[1]
     pixel = UNIT // size
     grid = ((2 * np.arange(size) + 1) * UNIT // (2 * size)).astype(np.int32)
-    wide = lambda x: x[..., None, None]  # noqa: E731
     dx, dy = grid - wide(scene["place"][0]), grid[:, None] - wide(scene["place"][1])
     sine, cosine = wide(SINE[scene["angle"]]), wide(SINE[(scene["angle"] + 16) & 63])
     u, v = (dx * cosine + dy * sine) >> 12, (dy * cosine - dx * sine) >> 12
@@ -162,6 +162,11 @@ def _paint(scene: dict[str, Any], size: int) -> tuple[NDArray[np.uint8], NDArray
     image += _light(scene["light"], size)
     image += _noise(scene["noise"], size)
     return np.clip(image, 0, 255).astype(np.uint8), cover >= 32
+
+
+def wide(x: Any) -> Any:
+    """Room for the two axes of a picture."""
+    return x[..., None, None]
 
 
 def _texture(kind: int, t: Ints, w: Ints, sharp: Ints) -> Ints:
@@ -205,19 +210,21 @@ def _light(knots: Ints, size: int) -> NDArray[np.int16]:
     """
     place = (2 * np.arange(size) + 1) * (LATTICE - 1) * 16 // (2 * size)
     weights = np.clip(16 - np.abs(place[:, None] - 16 * np.arange(LATTICE)), 0, 16).astype(np.float32)
-    field_ = weights @ knots.transpose(3, 0, 1, 2).astype(np.float32) @ weights.T
-    return (field_.astype(np.int32) >> 8).astype(np.int16)
+    light: Ints = weights @ knots.transpose(3, 0, 1, 2).astype(np.float32) @ weights.T
+    out: NDArray[np.int16] = (light.astype(np.int32) >> 8).astype(np.int16)
+    return out
 
 
 def _noise(keys: NDArray[np.uint64], size: int) -> NDArray[np.int16]:
     """Pixel noise (n, 3, s, s), -8..7: one byte of hash for each value."""
     words = -(-3 * size * size // 8)
     bytes_ = hashed(keys[:, None], 1 << 32, np.arange(words)).astype("<u8").view(np.uint8)
-    return (bytes_[:, : 3 * size * size].reshape(-1, 3, size, size) >> 4).astype(np.int16) - 8
+    values: NDArray[np.int16] = (bytes_[:, : 3 * size * size] >> 4).astype(np.int16) - 8
+    return values.reshape(-1, 3, size, size)
 
 
 def _visible(masks: NDArray[np.bool_], labels: Ints) -> Instances:
-    """Masks (OBJECTS, s, s) back to front, each without what lies upon it; objects that are hidden wholly are left out."""
+    """Of masks (OBJECTS, s, s), back to front, what nothing lies upon; objects hidden wholly are left out."""
     upon = np.zeros(masks.shape[1:], bool)
     seen: list[NDArray[np.bool_]] = []
     for mask in masks[::-1]:
@@ -228,4 +235,5 @@ def _visible(masks: NDArray[np.bool_], labels: Ints) -> Instances:
     for mask, _ in kept:
         x, y = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
         boxes.append((x[0], y[0], x[-1] + 1, y[-1] + 1))
-    return Instances(np.stack([m for m, _ in kept]), np.array(boxes, np.int64), np.array([y for _, y in kept], np.int64))
+    found = np.array([y for _, y in kept], np.int64)
+    return Instances(np.stack([m for m, _ in kept]), np.array(boxes, np.int64), found)

@@ -1,4 +1,4 @@
-"""Opens the pictures that a `data` section means: small sets as one uint8 tensor in memory, large ones as a list of files."""
+"""Opens the pictures that a `data` section means: small sets as one uint8 tensor in memory, large ones as files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TINY = 64  # side of Tiny-ImageNet's pictures
 PARTS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python", "stl10": "stl10_binary"}
 
 
-class Unreadable(Exception):
+class UnreadableError(Exception):
     """A picture that cannot be decoded: names the file and the reason in one line."""
 
 
@@ -66,7 +66,7 @@ class Resident(Dataset):
 
 
 class Files(Dataset):
-    """One file for each picture; `paths` relative to `root`, as bytes in one array (a million str would be slow to fork)."""
+    """One file for each picture; `paths` relative to `root`, as bytes in one array (a million str are slow to fork)."""
 
     resident = False
 
@@ -86,14 +86,14 @@ class Files(Dataset):
 
 
 def read(path: str) -> Tensor:
-    """A file as uint8 RGB (3, H, W). Raises `Unreadable`."""
+    """A file as uint8 RGB (3, H, W). Raises `UnreadableError`."""
     try:
         with open(path, "rb") as file:
             content = file.read()
     except OSError as error:
-        raise Unreadable(f"{path}: cannot be read: {error.strerror}") from None
+        raise UnreadableError(f"{path}: cannot be read: {error.strerror}") from None
     with contextlib.suppress(RuntimeError):
-        image = decode_image(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
+        image: Tensor = decode_image(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
         if image.dtype == torch.uint8 and image.shape[0] == 3:
             return image
     try:  # rarer formats and modes (CMYK, 16 bit, BMP, TIFF): Pillow's way
@@ -104,7 +104,7 @@ def read(path: str) -> Tensor:
     except Exception as error:
         reason = " ".join(str(error).split()).replace("<_io.BytesIO object at", "contents <")
         reason = "not a picture" if "cannot identify" in reason else reason
-        raise Unreadable(f"{path}: broken picture: {reason}") from None
+        raise UnreadableError(f"{path}: broken picture: {reason}") from None
 
 
 def open_dataset(data: Data, split: Split) -> Dataset:
@@ -117,7 +117,7 @@ def open_dataset(data: Data, split: Split) -> Dataset:
     if data.name == "tiny-imagenet":
         files = _files(data, split, found)
         stamp = max(os.stat(f"{files.root}/{name}").st_mtime_ns for name in found.classes)
-        return _decoded(files.root, tuple(os.fsdecode(p) for p in files.paths), tuple(found.classes), data.on_error, stamp)
+        return _decoded(files.root, tuple(map(os.fsdecode, files.paths)), found.classes, data.on_error, stamp)
     return _known(data.name, str(folder_of(data)), split, found.counts[split])
 
 
@@ -149,18 +149,19 @@ def _decoded(root: str, paths: tuple[str, ...], classes: tuple[str, ...], on_err
     images = torch.empty(len(paths), 3, TINY, TINY, dtype=torch.uint8)
     broken: dict[int, str] = {}
 
-    def decode(i: int) -> None:
-        try:
-            image = files.read(i)
-        except Unreadable as error:
-            broken[i] = str(error)
-            return
-        if image.shape[1:] != (TINY, TINY):
-            image = F.resize(image, [TINY, TINY], F.InterpolationMode.BICUBIC, antialias=True)
-        images[i] = image
+    def decode(start: int) -> None:
+        for i in range(start, min(start + 256, len(paths))):
+            try:
+                image = files.read(i)
+            except UnreadableError as error:
+                broken[i] = str(error)
+                continue
+            if image.shape[1:] != (TINY, TINY):
+                image = F.resize(image, [TINY, TINY], F.InterpolationMode.BICUBIC, antialias=True)
+            images[i] = image
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        list(pool.map(decode, range(len(paths)), chunksize=256))
+        list(pool.map(decode, range(0, len(paths), 256)))
     if broken and on_error == "raise":
         raise RunFailed(broken[min(broken)])
     for i in broken:
@@ -194,8 +195,8 @@ def _known(name: str, root: str, split: str, counts: tuple[int, ...]) -> Residen
     taken = [np.flatnonzero(labels == c)[:n] for c, n in enumerate(counts)]
     index = np.concatenate(taken)
     classes = list(source.classes[: len(counts)])
-    chosen = torch.from_numpy(labels[index].astype(np.int64))
-    return Resident(images[torch.from_numpy(index)].contiguous(), chosen, classes, lambda i: f"{name}/{split}/{index[i]}")
+    chosen, kept = torch.from_numpy(labels[index].astype(np.int64)), images[torch.from_numpy(index)].contiguous()
+    return Resident(kept, chosen, classes, lambda i: f"{name}/{split}/{index[i]}")
 
 
 assert set(PARTS) == set(KNOWN)

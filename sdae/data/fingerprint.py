@@ -1,7 +1,7 @@
-"""Which pictures a `data` section means, told without torch: class list, pictures per class and split, and a hash of both.
+"""Which pictures a `data` section means, told without torch: classes, pictures per class and split, a hash of both.
 
-Folders are laid out as ImageFolder wants them: PATH/train/CLASS/*.jpg and PATH/val/CLASS/*.jpg. Counting the pictures of
-ImageNet takes seconds on a network disk, so counts are kept in the user's cache folder, per class folder and its mtime.
+Folders are laid out as ImageFolder wants them: PATH/train/CLASS/*.jpg and PATH/val/CLASS/*.jpg. Counting ImageNet's
+pictures takes seconds on a network disk, so counts are kept in the user's cache folder, per class folder and its mtime.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from sdae.store import write_atomically
 SPLITS = ("train", "val")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 FOLDERS = ("imagefolder", "tiny-imagenet")
-KNOWN = {"cifar10": (10, 5000, 1000), "cifar100": (100, 500, 100), "stl10": (10, 500, 800)}  # classes, pictures per class
+KNOWN = {"cifar10": (10, 5000, 1000), "cifar100": (100, 500, 100), "stl10": (10, 500, 800)}  # classes, pictures of each
 SETTLED_SECONDS = 2.0  # a folder changed less long ago may change again within its mtime's resolution: not cached
 
 
@@ -106,7 +106,8 @@ def scan(root: Path, first: int | None = None) -> tuple[tuple[str, ...], dict[st
     with contextlib.suppress(OSError, ValueError):
         known = json.loads(file.read_text())
     classes = _classes(root, "train")[:first]
-    now, seen, counts = time.time(), dict(known), {}
+    now, seen = time.time(), dict(known)
+    counts: dict[str, list[int]] = {}
     for split in SPLITS:
         found = classes if split == "train" else _classes(root, split)
         if odd := sorted(set(classes) - set(found)) or (first is None and sorted(set(found) - set(classes))):
@@ -154,9 +155,8 @@ def fingerprint(data: Data) -> str | None:
         except UserError:
             return None
     found = listing(data)
-    parts = [data.name if data.name not in FOLDERS else "folder", found.classes, *(found.counts[s] for s in SPLITS)]
-    if data.name == "builtin":
-        parts.append(builtin.VERSION)
+    kind = {"builtin": f"builtin {builtin.VERSION}", **dict.fromkeys(FOLDERS, "folder")}.get(data.name, data.name)
+    parts = [kind, found.classes, *(found.counts[s] for s in SPLITS)]
     return hashlib.sha256(json.dumps(parts, separators=(",", ":")).encode()).hexdigest()[:16]
 
 

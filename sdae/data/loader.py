@@ -19,7 +19,7 @@ from torchvision.transforms.v2 import functional as F
 
 from sdae.config import Data
 from sdae.data import crop
-from sdae.data.datasets import Dataset, Files, Resident, Unreadable
+from sdae.data.datasets import Dataset, Files, Resident, UnreadableError
 from sdae.data.mixing import erase
 from sdae.data.randaugment import RandAugment
 from sdae.data.randomness import permutation
@@ -62,7 +62,7 @@ class Loader:
         text = data.augment.randaugment
         self._randaugment = RandAugment(text) if train and text else None
         self._mean, self._std = (255 * t.to(self.device) for t in statistics(channels))
-        self._batches: list[list[tuple[int, int]]] = []  # of (epoch, index): what the workers are to read next
+        self._next = (0, 0)  # epoch and first step that the workers are to read next
         self._reader = self._make_reader(dataset, workers) if isinstance(dataset, Files) else None
 
     def _make_reader(self, dataset: Files, workers: int) -> DataLoader[Any]:
@@ -71,6 +71,7 @@ class Loader:
             batch_sampler=_Ahead(self),  # type: ignore[arg-type]
             num_workers=workers, collate_fn=_collate, persistent_workers=workers > 0,
             prefetch_factor=4 if workers else None, pin_memory=self.device.type == "cuda",
+            generator=torch.Generator(),  # its own, else torch's global one is drawn from
         )  # fmt: skip
 
     def indices(self, epoch: int, first_step: int = 0) -> Iterator[NDArray[np.int64]]:
@@ -84,7 +85,7 @@ class Loader:
                 yield part
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch from `first_step` on. Raises `RunFailed` for a broken picture (data.on_error: raise)."""
+        """The batches of an epoch from `first_step` on. Raises `RunFailed` for a broken picture (on_error: raise)."""
         if isinstance(self.dataset, Resident):
             images, labels = self.dataset.on(self.device)
             for part in self.indices(epoch, first_step):
@@ -93,7 +94,7 @@ class Loader:
                 yield Batch(self._finish(self._cut(images[there], epoch, part), epoch, part), labels[there], at)
             return
         assert self._reader is not None
-        self._batches = [[(epoch, int(i)) for i in part] for part in self.indices(epoch, first_step)]
+        self._next = (epoch, first_step)
         for pictures, targets, at, skipped in self._reader:
             if isinstance(pictures, str):
                 raise RunFailed(pictures)
@@ -106,9 +107,9 @@ class Loader:
         size, augment = self.data.image_size, self.data.augment
         if not self.train:
             return crop.resize(images, size)
-        box = crop.boxes(self.seed, epoch, part, images.shape[2], images.shape[3], augment.scale)
-        flip = crop.flips(self.seed, epoch, part) & augment.flip
-        return crop.resized_crop(images, torch.from_numpy(box).to(self.device), torch.from_numpy(flip).to(self.device), size)
+        box = torch.from_numpy(crop.boxes(self.seed, epoch, part, images.shape[2], images.shape[3], augment.scale))
+        flip = torch.from_numpy(crop.flips(self.seed, epoch, part) & augment.flip)
+        return crop.resized_crop(images, box.to(self.device), flip.to(self.device), size)
 
     def _finish(self, images: Tensor, epoch: int, part: NDArray[np.int64]) -> Tensor:
         """RandAugment, channels, normalization, erasing: what all sets share, batched on the device."""
@@ -118,7 +119,7 @@ class Loader:
             images = (images * torch.tensor(LUMA, device=images.device)[:, None, None]).sum(1, keepdim=True)
         elif self.channels != 3:
             images = images[:, [c % 3 for c in range(self.channels)]]
-        images = (images - self._mean) / self._std
+        images = images.sub(self._mean).div_(self._std)
         if self.train and self.data.augment.erasing:
             images = erase(images, self.data.augment.erasing, self.seed, epoch, part)
         return images
@@ -133,16 +134,17 @@ def statistics(channels: int) -> tuple[Tensor, Tensor]:
 
 
 class _Ahead:
-    """Sampler over the batches that the loader has laid out, so that workers outlive an epoch."""
+    """Sampler over the epoch that the loader was asked for last, as (epoch, index): workers outlive an epoch."""
 
     def __init__(self, loader: Loader) -> None:
         self.loader = loader
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return iter(self.loader._batches)
+        epoch, first_step = self.loader._next
+        return ([(epoch, int(i)) for i in part] for part in self.loader.indices(epoch, first_step))
 
     def __len__(self) -> int:
-        return len(self.loader._batches)
+        return self.loader.steps_per_epoch
 
 
 class _Reader:
@@ -160,7 +162,7 @@ class _Reader:
         for i in ((index + k) % len(self.dataset) for k in range(len(self.dataset))):
             try:
                 image = self.dataset.read(i)
-            except Unreadable as error:
+            except UnreadableError as error:
                 if self.data.on_error == "raise":
                     return str(error), 0, index, []
                 skipped.append((i, self.dataset.path_of(i)))
@@ -173,9 +175,12 @@ class _Reader:
         size = self.data.image_size
         resample = partial(F.resize, interpolation=F.InterpolationMode.BICUBIC, antialias=True)
         if not self.train:
-            return F.center_crop(resample(image, [round(size * 256 / 224)]), [size, size])
+            image = resample(image, [round(size * 256 / 224)])
+            top, left = (image.shape[1] - size) // 2, (image.shape[2] - size) // 2
+            return image[:, top : top + size, left : left + size]
         one = np.array([index])
-        top, left, height, width = crop.boxes(self.seed, epoch, one, *image.shape[1:], self.data.augment.scale)[0].tolist()
+        box = crop.boxes(self.seed, epoch, one, image.shape[1], image.shape[2], self.data.augment.scale)
+        top, left, height, width = box[0].tolist()
         image = resample(image[:, top : top + height, left : left + width], [size, size])
         return image.flip(2) if self.data.augment.flip and crop.flips(self.seed, epoch, one)[0] else image
 

@@ -1,4 +1,4 @@
-"""Mixup, CutMix and label smoothing of a global batch, and random erasing: timm's semantics (Apache-2.0), drawn from hashes."""
+"""Mixup, CutMix and label smoothing of a global batch, and random erasing, with timm's semantics (Apache-2.0)."""
 
 from __future__ import annotations
 
@@ -39,17 +39,20 @@ def mix(
     cut = bool(augment.cutmix) and (not augment.mixup or draw.random() < 0.5)
     alpha = augment.cutmix if cut else augment.mixup
     share = float(draw.beta(alpha, alpha))
-    partner = lambda x: x.view(-1, 2, *x.shape[1:]).flip(1).view_as(x)  # noqa: E731
     if cut:
         height, width = images.shape[2:]
         top, bottom, left, right = _patch(draw, height, width, share)
         share = 1 - (bottom - top) * (right - left) / (height * width)  # what the border leaves of the patch
-        other = partner(images)
+        other = _partners(images)
         images = images.clone()
         images[:, :, top:bottom, left:right] = other[:, :, top:bottom, left:right]
     else:
-        images = images * share + partner(images) * (1 - share)
-    return images, targets * share + partner(targets) * (1 - share)
+        images = images * share + _partners(images) * (1 - share)
+    return images, targets * share + _partners(targets) * (1 - share)
+
+
+def _partners(x: Tensor) -> Tensor:
+    return x.view(-1, 2, *x.shape[1:]).flip(1).view_as(x)
 
 
 def _patch(draw: np.random.Generator, height: int, width: int, share: float) -> tuple[int, int, int, int]:

@@ -1,8 +1,8 @@
 """RandAugment on batches of float pictures with whole values 0..255, on the pictures' device.
 
-Semantics are those of timm's `rand_augment_transform` with bicubic interpolation and ImageNet's mean as fill (Apache-2.0,
-`timm/data/auto_augment.py`) and of the Pillow operations beneath, down to their rounding. Here an operation takes all
-pictures of the batch that drew it at once. Functions are (images (m, 3, H, W), value (m, 1, 1, 1)) -> images.
+Semantics are those of timm's `rand_augment_transform` with bicubic interpolation and ImageNet's mean as fill
+(Apache-2.0, `timm/data/auto_augment.py`) and of the Pillow operations beneath, down to their rounding. Here an
+operation takes all pictures of the batch that drew it at once: (images (m, 3, H, W), value (m, 1, 1, 1)) -> images.
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import conv2d
 
 from sdae.data.randomness import RANDAUGMENT, normal, uniform
 
 FILL = (124.0, 116.0, 104.0)
 Floats = NDArray[np.float64]
+Operation = Callable[[Tensor, Tensor], Tensor]
+ToValue = Callable[[Floats, Floats, bool], Floats]
 
 
 def luma(images: Tensor) -> Tensor:
     """Pillow's grey value (m, 1, H, W)."""
-    red, green, blue = images.split(1, 1)
-    return ((19595 * red + 38470 * green + 7471 * blue + 32768) / 65536).floor()
+    red, green, blue = images[:, :1], images[:, 1:2], images[:, 2:]
+    return ((19595 * red + 38470 * green + 7471 * blue + 32768) / 65536).floor_()
 
 
 def blend(base: Tensor, images: Tensor, factor: Tensor) -> Tensor:
@@ -82,10 +83,10 @@ def brightness(images: Tensor, factor: Tensor) -> Tensor:
 
 
 def sharpness(images: Tensor, factor: Tensor) -> Tensor:
-    kernel = torch.ones(3, 1, 3, 3, device=images.device)
-    kernel[:, :, 1, 1] = 5
+    rows = images[:, :, :-2] + images[:, :, 1:-1] + images[:, :, 2:]
+    around = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * images[:, :, 1:-1, 1:-1]
     smooth = images.clone()  # Pillow leaves the border as it is
-    smooth[:, :, 1:-1, 1:-1] = (conv2d(images, kernel, groups=3) / 13 + 0.5).floor()
+    smooth[:, :, 1:-1, 1:-1] = (around / 13 + 0.5).floor()
     return blend(smooth, images, factor)
 
 
@@ -120,24 +121,16 @@ def _taps(at: Tensor) -> tuple[Tensor, list[Tensor]]:
     return first.long(), [2 * square - cube - t, 1 - 2 * square + cube, t + square - cube, cube - square]
 
 
-def rotate(images: Tensor, degrees: Tensor) -> Tensor:
-    height, width = images.shape[2:]
-    angle = -torch.deg2rad(degrees.flatten())
-    sine, cosine = angle.sin(), angle.cos()
-    x, y = width / 2, height / 2
-    matrix = [cosine, sine, x - cosine * x - sine * y, -sine, cosine, y + sine * x - cosine * y]
-    return affine(images, torch.stack(matrix, 1))
-
-
-def _moved(place: int, size: int | None) -> Callable[[Tensor, Tensor], Tensor]:
-    """An affine operation that is the identity but for one entry: the value, times an axis' length where `size` names it."""
-
-    def operation(images: Tensor, value: Tensor) -> Tensor:
-        matrix = torch.tensor([1.0, 0, 0, 0, 1, 0], device=images.device).repeat(len(images), 1)
-        matrix[:, place] = value.flatten() * (images.shape[size] if size is not None else 1)
-        return affine(images, matrix)
-
-    return operation
+def matrices(name: str, values: Floats, height: int, width: int) -> Floats:
+    """The (m, 6) matrices of one geometric operation; values are degrees, shear factors or parts of a side."""
+    out = np.tile([1.0, 0, 0, 0, 1, 0], (len(values), 1))
+    if name == "Rotate":
+        sine, cosine, x, y = np.sin(-np.radians(values)), np.cos(np.radians(values)), width / 2, height / 2
+        columns = [cosine, sine, x - cosine * x - sine * y, -sine, cosine, y + sine * x - cosine * y]
+        return np.stack(columns, 1)
+    place, unit = {"ShearX": (1, 1), "ShearY": (3, 1), "TranslateXRel": (2, width), "TranslateYRel": (5, height)}[name]
+    out[:, place] = values * unit
+    return out
 
 
 def _enhance(level: Floats, sign: Floats, increasing: bool) -> Floats:
@@ -154,7 +147,7 @@ def _solarize(level: Floats, sign: Floats, increasing: bool) -> Floats:
     return 256 - threshold if increasing else threshold
 
 
-def _signed(most: float) -> Callable[[Floats, Floats, bool], Floats]:
+def _signed(most: float) -> ToValue:
     return lambda level, sign, increasing: level * most * sign
 
 
@@ -162,12 +155,11 @@ def _nothing(level: Floats, sign: Floats, increasing: bool) -> Floats:
     return level
 
 
-# timm's order: name, operation, (level in 0..1, random sign, `inc`) -> value
-OPERATIONS: tuple[tuple[str, Callable[[Tensor, Tensor], Tensor], Callable[[Floats, Floats, bool], Floats]], ...] = (
+# (name, operation on pixel values, (level in 0..1, random sign, `inc`) -> value), then the same for the geometric ones
+PIXELWISE: tuple[tuple[str, Operation, ToValue], ...] = (
     ("AutoContrast", auto_contrast, _nothing),
     ("Equalize", equalize, _nothing),
     ("Invert", invert, _nothing),
-    ("Rotate", rotate, _signed(30)),
     ("Posterize", posterize, _posterize),
     ("Solarize", solarize, _solarize),
     ("SolarizeAdd", solarize_add, lambda level, sign, increasing: np.minimum(128, np.floor(level * 110))),
@@ -175,11 +167,15 @@ OPERATIONS: tuple[tuple[str, Callable[[Tensor, Tensor], Tensor], Callable[[Float
     ("Contrast", contrast, _enhance),
     ("Brightness", brightness, _enhance),
     ("Sharpness", sharpness, _enhance),
-    ("ShearX", _moved(1, None), _signed(0.3)),
-    ("ShearY", _moved(3, None), _signed(0.3)),
-    ("TranslateXRel", _moved(2, 3), _signed(0.45)),
-    ("TranslateYRel", _moved(5, 2), _signed(0.45)),
 )
+GEOMETRIC: tuple[tuple[str, ToValue], ...] = (
+    ("Rotate", _signed(30)),
+    ("ShearX", _signed(0.3)),
+    ("ShearY", _signed(0.3)),
+    ("TranslateXRel", _signed(0.45)),
+    ("TranslateYRel", _signed(0.45)),
+)
+TO_VALUE = [entry[2] for entry in PIXELWISE] + [entry[1] for entry in GEOMETRIC]
 
 
 class RandAugment:
@@ -193,7 +189,7 @@ class RandAugment:
     def draw(self, seed: int, epoch: int, indices: NDArray[np.int64], layer: int) -> tuple[NDArray[np.int64], Floats]:
         """Each picture's operation (-1: none) and value."""
         keys = (seed, RANDAUGMENT, epoch, indices, layer)
-        choice = (uniform(*keys, 0) * len(OPERATIONS)).astype(np.int64)
+        choice = (uniform(*keys, 0) * len(TO_VALUE)).astype(np.int64)
         sign = np.where(uniform(*keys, 1) < 0.5, -1.0, 1.0)
         if self.deviation > 100:  # timm: uniform below the magnitude
             magnitude = self.magnitude * uniform(*keys, 2)
@@ -201,7 +197,7 @@ class RandAugment:
             magnitude = self.magnitude + self.deviation * normal(*keys, 2)
         level = magnitude.clip(0, 10) / 10
         values = np.zeros(len(indices))
-        for k, (_, _, to_value) in enumerate(OPERATIONS):
+        for k, to_value in enumerate(TO_VALUE):
             values = np.where(choice == k, to_value(level, sign, self.increasing), values)
         return np.where(uniform(*keys, 3) < 0.5, choice, -1), values
 
@@ -211,10 +207,18 @@ class RandAugment:
         for layer in range(self.layers):
             choice, values = self.draw(seed, epoch, indices, layer)
             order = np.argsort(choice, kind="stable")
-            bounds = np.searchsorted(choice[order], np.arange(len(OPERATIONS) + 1)).tolist()
+            bounds = np.searchsorted(choice[order], np.arange(len(TO_VALUE) + 1))
             there = torch.from_numpy(order).to(images.device)
             value = torch.from_numpy(values[order].astype(np.float32)).to(images.device)[:, None, None, None]
-            for k, (_, operation, _) in enumerate(OPERATIONS):
-                if (part := slice(bounds[k], bounds[k + 1])).start < part.stop:
+            parts = [slice(*pair) for pair in zip(bounds.tolist(), bounds[1:].tolist(), strict=False)]
+            for (_, operation, _), part in zip(PIXELWISE, parts, strict=False):
+                if part.start < part.stop:
                     images[there[part]] = operation(images[there[part]], value[part])
+            if (first := parts[len(PIXELWISE)].start) < len(order):
+                moves = [
+                    matrices(name, values[order[part]], images.shape[2], images.shape[3])
+                    for (name, _), part in zip(GEOMETRIC, parts[len(PIXELWISE) :], strict=True)
+                ]
+                matrix = torch.from_numpy(np.concatenate(moves).astype(np.float32)).to(images.device)
+                images[there[first:]] = affine(images[there[first:]], matrix)
         return images

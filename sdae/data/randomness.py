@@ -6,7 +6,7 @@ only, hence the same bits on every machine.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -42,7 +42,7 @@ def hashed(*keys: ArrayLike) -> NDArray[np.uint64]:
 
 def uniform(*keys: ArrayLike) -> NDArray[np.float64]:
     """Uniform in [0, 1), 53 bits."""
-    return (hashed(*keys) >> np.uint64(11)) * 2.0**-53
+    return (hashed(*keys) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def normal(*keys: ArrayLike) -> NDArray[np.float64]:
@@ -57,18 +57,24 @@ def permutation(seed: int, epoch: int, n: int) -> NDArray[np.int64]:
     return np.argsort(hashed(seed, ORDER, epoch, np.arange(n)), kind="stable")
 
 
-def normal_like(keys: NDArray[np.uint64], shape: tuple[int, ...], device: Any) -> torch.Tensor:
+def normal_like(keys: NDArray[np.uint64], shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """float32 normals (len(keys), *shape) on a device: splitmix64's sequence from each key, then Box-Muller."""
     import torch
 
-    signed = lambda x: x - (1 << 64) if x >> 63 else x  # noqa: E731
-    shifted = lambda x, k: (x >> k) & ((1 << (64 - k)) - 1)  # noqa: E731  (torch shifts int64 arithmetically)
     start = torch.from_numpy(keys.view(np.int64)).to(device)
-    size = int(np.prod(shape))
-    x = start[:, None] + torch.arange(1, size + 1, device=device) * signed(GOLDEN)
-    x = (x ^ shifted(x, 30)) * signed(FIRST)
-    x = (x ^ shifted(x, 27)) * signed(SECOND)
-    x = x ^ shifted(x, 31)
-    radius = (-2.0 * ((shifted(x, 40).float() + 1.0) * 2.0**-24).log()).sqrt()
+    x = start[:, None] + torch.arange(1, int(np.prod(shape)) + 1, device=device) * _signed(GOLDEN)
+    x = (x ^ _shifted(x, 30)) * _signed(FIRST)
+    x = (x ^ _shifted(x, 27)) * _signed(SECOND)
+    x = x ^ _shifted(x, 31)
+    radius = (-2.0 * ((_shifted(x, 40).float() + 1.0) * 2.0**-24).log()).sqrt()
     angle = (x & 0xFFFFFF).float() * (2.0 * np.pi * 2.0**-24)
-    return (radius * angle.cos()).view(len(keys), *shape)
+    return radius.mul_(angle.cos_()).view(len(keys), *shape)
+
+
+def _signed(x: int) -> int:
+    return x - (1 << 64) if x >> 63 else x
+
+
+def _shifted(x: torch.Tensor, k: int) -> torch.Tensor:
+    """Logical right shift; torch's own copies the sign bit."""
+    return (x >> k) & ((1 << (64 - k)) - 1)

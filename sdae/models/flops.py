@@ -2,8 +2,8 @@
 
 Training counts three forward passes (forward, gradient of the inputs, gradient of the weights), less the gradient of
 the pictures, which nobody takes; a teacher counts one. All L patches are counted as embedded, also where the code
-embeds fewer. ViT-B/16 at 224 px, decoder 8 x 512: MAE 58.46 GFLOP an image; with a teacher that sees the full image 93.58, all
-masked patches 84.63, three folds 84.44, a crop of 49 67.27.
+embeds fewer. ViT-B/16 at 224 px, decoder 8 x 512: MAE 58.46 GFLOP an image; with a teacher that sees the full image
+93.58, all masked patches 84.63, three folds 84.44, a crop of 49 67.27.
 """
 
 from __future__ import annotations

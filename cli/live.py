@@ -1,0 +1,116 @@
+"""What a sweep shows while it runs, on stderr: a table that changes on a terminal, a line per event in a pipe."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, Group
+from rich.live import Live as RichLive
+from rich.table import Table
+from rich.text import Text
+
+from cli.output import note
+
+if TYPE_CHECKING:
+    from ablations.planner import Sweep
+    from slurm.local import Summary
+
+EVERY = 30.0  # seconds between two lines of progress in a pipe
+
+
+class Live:
+    """`with Live(sweep) as live: run_local(.., on_update=live)`."""
+
+    def __init__(self, sweep: Sweep):
+        self.sweep = sweep
+        self.began = self.told = time.monotonic()
+        self.last: dict[str, str] | None = None
+        console = Console(stderr=True)
+        self.rich = RichLive(console=console, auto_refresh=False, transient=True) if sys.stderr.isatty() else None
+
+    def __enter__(self) -> Live:
+        if self.rich:
+            self.rich.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.rich:
+            self.rich.stop()
+
+    def __call__(self, summary: Summary) -> None:
+        if self.rich:
+            self.rich.update(self._drawn(summary), refresh=True)
+        else:
+            self._lines(summary)
+
+    def _counts(self, summary: Summary) -> str:
+        counts = Counter(summary.states.values())
+        parts = [
+            f"{counts[s]} {s}" for s in ("done", "running", "elsewhere", "ready", "waiting", "failed") if counts[s]
+        ]
+        minutes, seconds = divmod(round(time.monotonic() - self.began), 60)
+        return f"{self.sweep.scale.name}: {len(summary.states)} runs: {', '.join(parts)}; {minutes}:{seconds:02d}"
+
+    def _what(self, identity: str) -> str:
+        feeds = self.sweep.runs[identity].feeds
+        return (
+            f"{identity} ({feeds[0]}{f' and {len(feeds) - 1} more' if len(feeds) > 1 else ''})" if feeds else identity
+        )
+
+    def _drawn(self, summary: Summary) -> Group:
+        running = Table("run", "for", "epoch", "images/s", "left", box=None)
+        for identity in summary.having("running"):
+            told = summary.progress.get(identity, {})
+            feeds = self.sweep.runs[identity].feeds
+            running.add_row(identity, feeds[0] if feeds else "", epoch(told), speed(told), left(told))
+        failed = [
+            Text(
+                f"failed: {self._what(i)}: {summary.messages.get(i, '')}",
+                style="red",
+                no_wrap=True,
+                overflow="ellipsis",
+            )
+            for i in summary.having("failed")[-3:]
+        ]
+        return Group(Text(self._counts(summary), style="bold"), running, *failed)
+
+    def _lines(self, summary: Summary) -> None:
+        before, self.last = self.last, dict(summary.states)
+        if before is None:
+            note(self._counts(summary))
+            return
+        for identity, state in summary.states.items():
+            if state != before[identity] and state in ("done", "failed"):
+                self.told = time.monotonic()
+                done = sum(s == "done" for s in summary.states.values())
+                reason = f": {summary.messages.get(identity, '')}" if state == "failed" else ""
+                note(f"[{done}/{len(summary.states)}] {state}: {self._what(identity)}{reason}")
+        if time.monotonic() - self.told > EVERY:
+            self.told = time.monotonic()
+            told = [f"{i} {epoch(p)} {speed(p)}".rstrip() for i, p in summary.progress.items()]
+            note("; ".join([self._counts(summary), *told]))
+
+
+def epoch(told: dict[str, Any]) -> str:
+    return f"{told['epoch']:.4g}/{told['epochs']}" if told.get("epochs") and told.get("epoch") is not None else ""
+
+
+def speed(told: dict[str, Any]) -> str:
+    return f"{told['images_per_s']:,.0f}" if told.get("images_per_s") else ""
+
+
+def left(told: dict[str, Any]) -> str:
+    """The time to the end, from when the run was first heard of."""
+    now = time.monotonic()
+    began = _BEGAN.setdefault(str(told.get("id")), (now, told.get("step") or 0))
+    steps, step = told.get("steps"), told.get("step")
+    if not steps or not step or step <= began[1]:
+        return ""
+    seconds = round((now - began[0]) / (step - began[1]) * (steps - step))
+    return f"{seconds // 60}:{seconds % 60:02d}"
+
+
+_BEGAN: dict[str, tuple[float, int]] = {}

@@ -1,0 +1,65 @@
+"""What commands share: options, JSON on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sdae.errors import UserError
+
+StoreDir = Annotated[Path, typer.Option("--store", help="Folder of the run folders.")]
+ScaleName = Annotated[str, typer.Option("--scale", help="smoke, mini, small, paper, or a YAML file.")]
+Seeds = Annotated[str, typer.Option("--seeds", help="Seeds, e.g. 0,1,2.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+DataDir = Annotated[str | None, typer.Option("--data", help="Folder of the pictures, in place of the scale's.")]
+Names = Annotated[list[str] | None, typer.Argument(help="table1 .. figure4c or a YAML file of your own; none: all.")]
+Jobs = Annotated[int | None, typer.Option("--jobs", min=1, help="Runs at a time.")]
+
+
+def parse_seeds(text: str) -> list[int]:
+    """`0,1,2`."""
+    try:
+        seeds = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"--seeds {text!r}: expected whole numbers with commas between them, e.g. 0,1,2") from None
+    if min(seeds) < 0:
+        raise UserError(f"--seeds {text!r}: seeds are 0 or more")
+    return seeds
+
+
+def emit(value: Any) -> None:
+    """The one JSON document. NaN is null: not every reader knows it."""
+    print(json.dumps(_plain(value), indent=1, allow_nan=False, default=str))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and value - value != 0 else value
+
+
+def note(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def table(columns: list[str], rows: list[list[Any]], title: str | None = None) -> None:
+    """Rows on stdout: a rich table on a terminal, columns with spaces between them in a pipe."""
+    texts = [["" if cell is None else str(cell) for cell in row] for row in rows]
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+
+        drawn = Table(*columns, title=title)
+        for row in texts:
+            drawn.add_row(*(cell.replace("[", r"\[") for cell in row))
+        Console().print(drawn)
+        return
+    widths = [max(map(len, column)) for column in zip(columns, *texts, strict=True)]
+    for row in [columns, *texts]:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

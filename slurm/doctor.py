@@ -1,0 +1,86 @@
+"""Whether this machine can run the suite, check by check."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from ablations.scale import load_scale, scales
+from sdae.config import Data
+from sdae.data.fingerprint import SPLITS, cache_folder, listing
+from sdae.errors import UserError
+from sdae.store import Store
+from slurm.machine import cpus
+
+NEEDED = {"torch": (2, 11), "torchvision": (0, 26), "timm": (1, 0)}
+
+
+def examine(store: Store) -> list[dict[str, Any]]:
+    """[{"check", "ok": true | false | null (cannot be used, and need not be), "detail"}]."""
+    checks = [
+        _check("python", sys.version_info >= (3, 11), f"{platform.python_version()} (3.11 or newer)"),
+        *(_package(name, least) for name, least in NEEDED.items()),
+        _devices(),
+        _check("cores", True, f"{cpus()} usable, OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'unset')}"),
+        _store("store", store),
+        _store("cache", Store(cache_folder())),
+    ]
+    for row in pictures():
+        detail = row["problem"] or f"{row['train']:,} + {row['val']:,} pictures, {row['classes']} classes"
+        checks.append(_check(f"pictures of scale {row['scale']}", None if row["problem"] else True, detail))
+    return checks
+
+
+def pictures() -> list[dict[str, Any]]:
+    """The data set of every scale: where it is looked for, its classes and counts, or what is wrong with it."""
+    rows = []
+    for name in sorted(scales(), key=["smoke", "mini", "small", "paper"].index):
+        data = Data.model_validate(load_scale(name).data)
+        row: dict[str, Any] = {"scale": name, "name": data.name, "path": data.path, "image_size": data.image_size}
+        row |= dict.fromkeys(("classes", *SPLITS, "problem"))
+        try:
+            found = listing(data)
+            row |= {"classes": len(found.classes), **{split: sum(found.counts[split]) for split in SPLITS}}
+        except UserError as error:
+            row["problem"] = str(error)
+        rows.append(row)
+    return rows
+
+
+def _check(name: str, ok: bool | None, detail: str) -> dict[str, Any]:
+    return {"check": name, "ok": ok, "detail": detail}
+
+
+def _package(name: str, least: tuple[int, int]) -> dict[str, Any]:
+    wanted = ".".join(map(str, least))
+    try:
+        found = version(name)
+    except PackageNotFoundError:
+        return _check(name, False, f"not installed ({wanted} or newer)")
+    numbers = tuple(int(part) for part in found.split("+")[0].split(".")[:2])
+    return _check(name, numbers >= least, f"{found} ({wanted} or newer)")
+
+
+def _devices() -> dict[str, Any]:
+    try:
+        from sdae.provenance import environment
+
+        found = environment()
+    except ImportError as error:
+        return _check("devices", False, f"torch cannot be imported: {error}")
+    return _check("devices", True, f"{', '.join(found['gpus']) or 'no GPU'}; {found['cpu']}")
+
+
+def _store(name: str, store: Store) -> dict[str, Any]:
+    existed = store.root.exists()
+    try:
+        store.open()
+    except UserError as error:
+        return _check(name, False, str(error))
+    if not existed:
+        Path(store.root).rmdir()
+    return _check(name, True, f"{store.root} can be written")
