@@ -33,13 +33,17 @@ SHAPE = ("arch", "width", "depth", "heads", "mlp_ratio", "patch_size", "channels
 
 @dataclass
 class PlannedRun:
-    """`paper` holds, by key, the paper's value of every number that the scale changed (momentum, epochs, tokens)."""
+    """`paper` holds, by key, the paper's value of every number that the scale changed (momentum, epochs, tokens).
+
+    `origin` is the same with the values of its need: what tells two arms of the paper apart.
+    """
 
     id: str
     config: Config
     needs: tuple[str, ...]
     feeds: list[str] = field(default_factory=list)
     paper: dict[str, Any] = field(default_factory=dict)
+    origin: dict[str, Any] = field(default_factory=dict, repr=False)
 
 
 @dataclass
@@ -129,11 +133,11 @@ class _Planner:
         """Arms that differ in the paper must not become one run at this scale."""
         if run.id in mine:
             other_cell, other = mine[run.id]
-            for key in sorted(run.paper.keys() | other.paper.keys()):
-                if run.paper.get(key) != other.paper.get(key):
+            for key in sorted(run.origin.keys() | other.origin.keys()):
+                if run.origin.get(key) != other.origin.get(key):
                     raise UserError(
                         f"scale {self.scale.name}: {other_cell} and {cell} become the same run: {key} is "
-                        f"{other.paper.get(key)} and {run.paper.get(key)} in the paper"
+                        f"{other.origin.get(key)} and {run.origin.get(key)} in the paper"
                     )
 
     def _resolve(self, name: str, specs: Mapping[str, Any], seed: int, where: str, path: tuple[str, ...]) -> PlannedRun:
@@ -159,7 +163,8 @@ class _Planner:
         values, paper = self._scaled(spec, needs[0] if needs else None, where_here)
         values["seed"] = seed
         config = self._fingerprinted(parse(values, where_here))
-        run = PlannedRun(run_id(config), config, (*(n.id for n in needs), *external), [], paper)
+        origin = paper | {f"{n.config.stage}'s {k}": v for n in needs for k, v in n.origin.items()}
+        run = PlannedRun(run_id(config), config, (*(n.id for n in needs), *external), [], paper, origin)
         for need in needs:
             self.runs.setdefault(need.id, need)
         self.resolved[key] = run

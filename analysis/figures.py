@@ -84,6 +84,8 @@ def _save(figure: Figure, out: Path, stem: str) -> list[Path]:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {error.strerror or error}") from None
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # laid out once for the three formats
     paths = []
     for suffix, metadata in FORMATS.items():
         buffer = io.BytesIO()

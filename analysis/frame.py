@@ -45,7 +45,7 @@ COLUMNS: dict[str, tuple[pa.DataType, str]] = {
         "hash of the config without its seed (parents likewise): equal for runs that differ in the seed only",
     ),
     "need": (TEXT, "id of the pre-training whose weights it starts from"),
-    "dataset": (TEXT, "name of the data set"),
+    "dataset": (TEXT, "name of the data set; <NA>: cost, which takes no pictures from disk"),
     "fingerprint": (TEXT, "hash of its class list and counts"),
     "classes": (WHOLE, ""),
     "train": (WHOLE, "training pictures"),
@@ -194,6 +194,8 @@ def _read(store: Store, identity: str, stamp: int) -> dict[str, Any]:
             if not identity.endswith("-" + science):
                 return _torn(row, "the config in result.json is not the one that the id stands for")
         _outcome(row, result)
+        if row["stage"] == "cost":
+            row |= dict.fromkeys(("dataset", "fingerprint", "classes", "train", "val"))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         return _torn(row, f"result.json has not the expected form ({type(error).__name__}: {error})")
     return row

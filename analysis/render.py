@@ -187,8 +187,10 @@ _TEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_",
     "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "<": r"\textless{}", ">": r"\textgreater{}",
     "|": r"\textbar{}", '"': r"\textquotedbl{}", "±": r"$\pm$", "×": r"$\times$", "✓": r"$\checkmark$", "–": "--",
-    "—": "---", "…": r"\dots{}", "²": "$^2$", "Θ": r"$\Theta$", "µ": r"$\mu$", "μ": r"$\mu$", "≥": r"$\geq$", "≤": r"$\leq$",
-    "→": r"$\rightarrow$", "\u2019": "'", "`": r"\textasciigrave{}",
+    "—": "---", "…": r"\dots{}", "²": "$^2$", "Θ": r"$\Theta$",
+    "µ": r"$\mu$", "μ": r"$\mu$", "≥": r"$\geq$", "≤": r"$\leq$",
+    "→": r"$\rightarrow$",
+    "\u2019": "'", "`": r"\textasciigrave{}",
     "[": "{[}", "]": "{]}", "*": "{*}",  # each would be read as an argument of a row's end
 }  # fmt: skip
 

@@ -289,7 +289,8 @@ class _Builder:
         return float(f"{value:.4g}") if isinstance(value, float) else value
 
     def dataset(self, runs: pd.DataFrame) -> str | None:
-        names = []
+        costs = runs.loc[runs["stage"] == "cost", "image_size"].dropna()
+        names = [f"generated pictures of {int(size)} px" for size in sorted(set(costs))]
         for (name, size), group in runs.groupby(["dataset", "image_size"], dropna=True):
             pictures = group["train"].max()
             names.append(f"{name} ({'' if pd.isna(pictures) else f'{int(pictures)} pictures, '}{size} px)")

@@ -28,6 +28,7 @@ class Live:
         self.sweep = sweep
         self.began = self.told = time.monotonic()
         self.last: dict[str, str] | None = None
+        self.heard: dict[str, tuple[float, int]] = {}  # when a run was first heard of, and its step then
         console = Console(stderr=True)
         self.rich = RichLive(console=console, auto_refresh=False, transient=True) if sys.stderr.isatty() else None
 
@@ -60,12 +61,21 @@ class Live:
             f"{identity} ({feeds[0]}{f' and {len(feeds) - 1} more' if len(feeds) > 1 else ''})" if feeds else identity
         )
 
+    def _left(self, told: dict[str, Any]) -> str:
+        """The time to the run's end, at the pace since it was first heard of."""
+        now, step, steps = time.monotonic(), told.get("step") or 0, told.get("steps") or 0
+        began, first = self.heard.setdefault(str(told.get("id")), (now, step))
+        if step <= first:
+            return ""
+        seconds = round((now - began) / (step - first) * (steps - step))
+        return f"{seconds // 60}:{seconds % 60:02d}"
+
     def _drawn(self, summary: Summary) -> Group:
         running = Table("run", "for", "epoch", "images/s", "left", box=None)
         for identity in summary.having("running"):
             told = summary.progress.get(identity, {})
             feeds = self.sweep.runs[identity].feeds
-            running.add_row(identity, feeds[0] if feeds else "", epoch(told), speed(told), left(told))
+            running.add_row(identity, feeds[0] if feeds else "", epoch(told), speed(told), self._left(told))
         failed = [
             Text(
                 f"failed: {self._what(i)}: {summary.messages.get(i, '')}",
@@ -100,17 +110,3 @@ def epoch(told: dict[str, Any]) -> str:
 
 def speed(told: dict[str, Any]) -> str:
     return f"{told['images_per_s']:,.0f}" if told.get("images_per_s") else ""
-
-
-def left(told: dict[str, Any]) -> str:
-    """The time to the end, from when the run was first heard of."""
-    now = time.monotonic()
-    began = _BEGAN.setdefault(str(told.get("id")), (now, told.get("step") or 0))
-    steps, step = told.get("steps"), told.get("step")
-    if not steps or not step or step <= began[1]:
-        return ""
-    seconds = round((now - began[0]) / (step - began[1]) * (steps - step))
-    return f"{seconds // 60}:{seconds % 60:02d}"
-
-
-_BEGAN: dict[str, tuple[float, int]] = {}

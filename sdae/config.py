@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from sdae.errors import UserError
+from sdae.yamls import read_yaml
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
@@ -116,7 +117,10 @@ class Model(Strict):
 
     @model_validator(mode="after")
     def _whole_heads(self) -> Model:
-        for width, heads, name in ((self.width, self.heads, "heads"), (self.decoder_dim, self.decoder_heads, "decoder_heads")):
+        for width, heads, name in (
+            (self.width, self.heads, "heads"),
+            (self.decoder_dim, self.decoder_heads, "decoder_heads"),
+        ):
             if width and heads and width % heads:
                 raise ValueError(f"{name}: {heads} does not divide the width {width}")
         for width, name in ((self.width, "width"), (self.decoder_dim, "decoder_dim")):
@@ -327,11 +331,15 @@ def canonical_teacher(teacher: Teacher, tokens: int, masked: int) -> Teacher:
     if view == "folds":
         folds = folds or 3
         if folds > masked:
-            raise ValueError(f"method.teacher.folds: {folds} is more than the {masked} masked patches (allowed: 1 to {masked})")
+            raise ValueError(
+                f"method.teacher.folds: {folds} is more than the {masked} masked patches (allowed: 1 to {masked})"
+            )
         view = "masked" if folds == 1 else "folds"
     if view == "crop":
         if crop is None:
-            raise ValueError(f"method.teacher.tokens: a crop needs a number of patches (allowed: 1 to {masked}, or {tokens})")
+            raise ValueError(
+                f"method.teacher.tokens: a crop needs a number of patches (allowed: 1 to {masked}, or {tokens})"
+            )
         if crop == masked:
             view = "masked"
         elif crop == tokens:
@@ -478,39 +486,6 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [m for arg in getattr(annotation, "__args__", ()) for m in _models(arg)]
-
-
-def read_yaml(path: str | Path) -> Any:
-    """A YAML file's content, safely; every fault is one line that names the file and the place."""
-    path = Path(path)
-    try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f" line {mark.line + 1}, column {mark.column + 1}:" if mark else ""
-        problem = str(getattr(error, "problem", None) or error).replace("\n", " ")
-        if "\\t" in problem or "'\t'" in problem:
-            problem = "a tab; YAML wants spaces for indentation"
-        raise UserError(f"{path}:{place} not valid YAML: {problem}") from None
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice instead of silently taking the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
-            if isinstance(key, (str, int, float, bool)) and key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
-            seen.add(key if isinstance(key, (str, int, float, bool)) else id(key_node))
-        return super().construct_mapping(node, deep)
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Config:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 EPSILON = 1e-6
 
 
 def normalize(features: Tensor) -> Tensor:
     """Eq. (3): zero mean, unit variance over the last axis; the variance is unbiased. Any shape (..., C)."""
-    variance, mean = torch.var_mean(features, dim=-1, keepdim=True, correction=1)
-    return (features - mean) * (variance + EPSILON).rsqrt()
+    channels = features.shape[-1]
+    shrink = (channels - 1) / channels  # LayerNorm's variance is the biased one: unbiased = biased / shrink
+    return F.layer_norm(features, (channels,), eps=EPSILON * shrink) * shrink**0.5
 
 
 def similarity_axis(similarity: str, full: bool) -> int:
@@ -26,12 +27,12 @@ def similarity_axis(similarity: str, full: bool) -> int:
 def cosine_loss(prediction: Tensor, target: Tensor, axis: int) -> Tensor:
     """1 - mean cosine similarity of (rows, tokens, channels), in float32. Eq. (4)."""
     prediction, target = prediction.float(), target.float()
-    dot = torch.linalg.vecdot(prediction, target, dim=axis)
-    norms = torch.linalg.vector_norm(prediction, dim=axis) * torch.linalg.vector_norm(target, dim=axis)
-    return 1 - (dot / norms.clamp_min(1e-8)).mean()
+    dot = (prediction * target).sum(axis)
+    norms = (prediction.square().sum(axis) * target.square().sum(axis)).clamp_min(1e-16).sqrt()
+    return 1 - (dot / norms).mean()
 
 
 def pixel_loss(prediction: Tensor, pixels: Tensor, normalized: bool) -> Tensor:
     """MAE's loss: mean squared error over masked patches (B, tokens, patch_size^2 * channels), in float32."""
     pixels = pixels.float()
-    return torch.nn.functional.mse_loss(prediction.float(), normalize(pixels) if normalized else pixels)
+    return F.mse_loss(prediction.float(), normalize(pixels) if normalized else pixels)

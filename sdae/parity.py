@@ -100,7 +100,10 @@ def _config(golden: dict[str, Any], mae: bool) -> Pretrain:
     if mae:
         method["normalize_pixels"] = golden["normalize_pixels"]
     else:
-        teacher = {"view": "full" if golden["teacher_tokens"] is None else "masked", "normalize": golden["teacher_normalize"]}
+        teacher = {
+            "view": "full" if golden["teacher_tokens"] is None else "masked",
+            "normalize": golden["teacher_normalize"],
+        }
         method |= {"teacher": teacher, "similarity": golden["cosine_axis"]}
     config = parse({
         "stage": "pretrain", "precision": "fp32", "data": {"image_size": golden["image_size"]}, "method": method,

@@ -80,7 +80,9 @@ def fit(weights: dict[str, Tensor], model: Model, image_size: int, where: str) -
 def _name_differences(wanted: set[str], given: set[str], where: str) -> None:
     missing, extra = sorted(wanted - given), sorted(given - wanted)
     if missing or extra:
-        parts = [f"{what}: {', '.join(keys)}" for what, keys in (("missing keys", missing), ("extra keys", extra)) if keys]
+        parts = [
+            f"{what}: {', '.join(keys)}" for what, keys in (("missing keys", missing), ("extra keys", extra)) if keys
+        ]
         raise UserError(f"{where}: not this architecture's encoder; {'; '.join(parts)}")
 
 
@@ -116,7 +118,9 @@ def split_layout(content: dict[str, Any], layout: str, where: str) -> dict[str, 
     parts = {"student": content.get("model", content)}
     if layout == "sdae" or (layout == "auto" and "model_teacher" in content):
         if "model_teacher" not in content or "model" not in content:
-            raise UserError(f"{where}: the SdAE release's layout has the keys model and model_teacher; here: {_keys(content)}")
+            raise UserError(
+                f"{where}: the SdAE release's layout has the keys model and model_teacher; here: {_keys(content)}"
+            )
         parts["teacher"] = content["model_teacher"]
     elif layout == "mae" and "model" not in content:
         raise UserError(f"{where}: MAE's layout has the key model; here: {_keys(content)}")

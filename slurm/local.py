@@ -87,7 +87,7 @@ def check_pictures(sweep: Sweep) -> None:
         from sdae.data.fingerprint import listing
 
         for run in sweep.runs.values():
-            if run.config.data.fingerprint is None:
+            if run.config.data.fingerprint is None and run.config.stage != "cost":
                 listing(run.config.data)
 
 
@@ -183,6 +183,7 @@ class _Executor:
         self.threads = int(threads or max(1, cpus() // self.jobs))
         self.rank = _critical_path(sweep)
         self.looked = 0.0
+        self.changed = True  # since the last report
 
     # What is to be done
     def look(self, states: tuple[str, ...] = ("elsewhere",)) -> None:
@@ -244,13 +245,15 @@ class _Executor:
                             break
                     else:
                         self._dispatch()
+                    if time.monotonic() - self.looked > TICK:
+                        self.look()
+                        self.changed = True
+                    if self.changed:
+                        self.report()
                     for key, _ in self.selector.select(TICK):
                         self._hear(key.data)
                     for worker in [w for w in self.workers if w.process.poll() is not None]:
                         self._died(worker, worker.process.returncode)
-                    if time.monotonic() - self.looked > TICK:
-                        self.look()
-                        self.report()
                 self.summary.interrupted = bool(self.stops)
             finally:
                 self._end_workers()
@@ -267,6 +270,7 @@ class _Executor:
             if self.summary.states[run.id] == "ready":  # else another process was faster
                 self.summary.states[run.id] = "running"
                 self.summary.messages.pop(run.id, None)
+                self.changed = True
                 worker.start(run)
             else:
                 idle.append(worker)
@@ -302,7 +306,7 @@ class _Executor:
         if outcome != "done" and outcome != "elsewhere":
             self.summary.messages[run.id] = message
         self.look()
-        self.report()
+        self.changed = True
 
     def _died(self, worker: _Worker, code: int) -> None:
         self.selector.unregister(worker.answers)
@@ -365,6 +369,7 @@ class _Executor:
         self.selector.close()
 
     def report(self) -> None:
+        self.changed = False
         if self.on_update is not None:
             self.on_update(self.summary)
 

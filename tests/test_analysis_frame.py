@@ -55,7 +55,13 @@ def test_columns_and_dtypes_are_documented(store: Store, tmp_path: Path) -> None
     assert empty.dtypes.to_dict() == frame.dtypes[: len(COLUMNS)].to_dict()
     assert list(frame.columns[len(COLUMNS) :]) == ["target_rank", "target_std", "teacher_distance"]
     row = frame.set_index("id").loc[run_of(plan(["table5"], "smoke", fingerprint="feed"), "table5.folds.top1").id]
-    assert (row["stage"], row["state"], row["scale"], row["seed"], row["dataset"]) == ("finetune", "done", "smoke", 0, "builtin")
+    assert (row["stage"], row["state"], row["scale"], row["seed"], row["dataset"]) == (
+        "finetune",
+        "done",
+        "smoke",
+        0,
+        "builtin",
+    )
     assert row["top1"] == pytest.approx(84.1, abs=0.5)
     assert row["synthetic"]
     assert row["started"] == pd.Timestamp(1.7e9, unit="s", tz="UTC")

@@ -129,16 +129,28 @@ def test_verdicts_at_the_edges(low: float, high: float, said: str) -> None:
 
 
 def test_bold_is_welch() -> None:
-    column = {"best": estimate([84.0, 84.1, 84.2]), "near": estimate([83.9, 84.0, 84.1]), "far": estimate([80.0, 80.1, 80.2])}
+    column = {
+        "best": estimate([84.0, 84.1, 84.2]),
+        "near": estimate([83.9, 84.0, 84.1]),
+        "far": estimate([80.0, 80.1, 80.2]),
+    }
     assert not_worse(column, True) == {"best", "near"}
     assert not_worse(column, False) == {"far"}
     one = Pool(0.01, 4, 2)
-    assert not_worse({"a": estimate([84.0], one), "b": estimate([83.9], one), "c": estimate([80.0], one)}, True) == {"a", "b"}
+    assert not_worse({"a": estimate([84.0], one), "b": estimate([83.9], one), "c": estimate([80.0], one)}, True) == {
+        "a",
+        "b",
+    }
 
 
 # Tables
 def test_planted_means_come_back_with_verdicts(tmp_path: Path) -> None:
-    means = {"table5.full-raw.top1": 83.7, "table5.full.top1": 90.0, "table5.masked.top1": 70.0, "table5.folds.top1": 84.1}
+    means = {
+        "table5.full-raw.top1": 83.7,
+        "table5.full.top1": 90.0,
+        "table5.masked.top1": 70.0,
+        "table5.folds.top1": 84.1,
+    }
     store = made(tmp_path, ["table5"], "paper", (0, 1, 2, 3, 4), means, 0.1)
     table = build(store, "table5", "paper")
     assert table.synthetic
@@ -164,7 +176,13 @@ def test_json_contract(tmp_path: Path) -> None:
     assert entry["low"] < entry["measured"] < entry["high"]
     assert entry["verdict"] is None  # another scale than the paper's is never compared
     empty = found["rows"][2]["cells"]["top1"]
-    assert (empty["measured"], empty["low"], empty["seeds"], empty["runs"], empty["state"]) == (None, None, 0, [], "not run")
+    assert (empty["measured"], empty["low"], empty["seeds"], empty["runs"], empty["state"]) == (
+        None,
+        None,
+        0,
+        [],
+        "not run",
+    )
 
 
 @pytest.mark.parametrize("scale", ["smoke", "mini", "small", "paper"])
@@ -197,7 +215,13 @@ def test_costs_take_the_spread_of_their_repeats(tmp_path: Path) -> None:
     store = Store(tmp_path / "runs")
     for name in ("mae", "folds"):
         run = run_of(sweep, f"table1.{name}.time")
-        metrics = {"time": 10.0, "time_repeats": [9.0, 10.0, 11.0], "overhead": 28.0, "overhead_repeats": [27.0, 28.0, 29.0], "memory": 1.5}
+        metrics = {
+            "time": 10.0,
+            "time_repeats": [9.0, 10.0, 11.0],
+            "overhead": 28.0,
+            "overhead_repeats": [27.0, 28.0, 29.0],
+            "memory": 1.5,
+        }
         write(store, run.config, run.id, metrics)
     table = build(store, "table1", "smoke")
     time, memory, none = (cell(table, f"table1.{name}") for name in ("folds.time", "folds.memory", "mae.overhead"))
@@ -211,7 +235,10 @@ def test_states(tmp_path: Path) -> None:
     sweep = plan(["table5"], "smoke", (0, 1, 2), fingerprint=PRINT)
     store = Store(tmp_path / "runs")
     fill(store, sweep)
-    runs = {row: [sweep.runs[i] for _, i in sweep.cells[f"table5.{row}.top1"]] for row in ("full-raw", "full", "masked", "folds")}
+    runs = {
+        row: [sweep.runs[i] for _, i in sweep.cells[f"table5.{row}.top1"]]
+        for row in ("full-raw", "full", "masked", "folds")
+    }
     store.remove(runs["full"][0].id)
     for run in runs["masked"]:
         store.remove(run.id)

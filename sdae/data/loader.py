@@ -7,6 +7,7 @@ batch or the step at which an interrupted run goes on. So there is no state to s
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -40,6 +41,40 @@ class Batch(NamedTuple):
     indices: Tensor
 
 
+@dataclass
+class Order:
+    """One rank's picture numbers; as a sampler, those of `epoch` from `first_step` on, as lists of (epoch, index).
+
+    The workers read from here what comes next, so that they outlive an epoch. It must not know its loader: a cycle
+    would leave the workers' end to the garbage collector, which takes their queues away first.
+    """
+
+    pictures: int
+    seed: int
+    batch_size: int
+    train: bool
+    rank: int
+    world: int
+    epoch: int = 0
+    first_step: int = 0
+
+    def __len__(self) -> int:
+        return self.pictures // self.batch_size if self.train else -(-self.pictures // self.batch_size)
+
+    def parts(self, epoch: int, first_step: int = 0) -> Iterator[NDArray[np.int64]]:
+        """This rank's slice of each global batch; without the empty ones at the end of an evaluation."""
+        order = permutation(self.seed, epoch, self.pictures) if self.train else np.arange(self.pictures)
+        for step in range(first_step, len(self)):
+            whole = order[step * self.batch_size : (step + 1) * self.batch_size]
+            part = whole[self.rank * len(whole) // self.world : (self.rank + 1) * len(whole) // self.world]
+            if len(part):
+                yield part
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch = self.epoch
+        return ([(epoch, int(i)) for i in part] for part in self.parts(epoch, self.first_step))
+
+
 class Loader:
     """Batches of `dataset` for one of `world` ranks; `batch_size` counts the pictures of all ranks together.
 
@@ -55,46 +90,36 @@ class Loader:
             raise UserError(f"optim.batch_size: {batch_size} cannot be shared evenly by {world} ranks")
         if train and len(dataset) < batch_size:
             raise UserError(f"optim.batch_size: {batch_size} is more than the {len(dataset)} training pictures")
-        self.dataset, self.data, self.seed, self.batch_size, self.train = dataset, data, seed, batch_size, train
-        self.rank, self.world, self.device, self.channels = rank, world, torch.device(device), channels
-        self.steps_per_epoch = len(dataset) // batch_size if train else -(-len(dataset) // batch_size)
+        self.dataset, self.data, self.seed, self.train = dataset, data, seed, train
+        self.device, self.channels = torch.device(device), channels
+        self.order = Order(len(dataset), seed, batch_size, train, rank, world)
+        self.steps_per_epoch = len(self.order)
         self.skipped: dict[int, str] = dict(dataset.skipped) if isinstance(dataset, Resident) else {}
         text = data.augment.randaugment
         self._randaugment = RandAugment(text) if train and text else None
         self._mean, self._std = (255 * t.to(self.device) for t in statistics(channels))
-        self._next = (0, 0)  # epoch and first step that the workers are to read next
         self._reader = self._make_reader(dataset, workers) if isinstance(dataset, Files) else None
 
     def _make_reader(self, dataset: Files, workers: int) -> DataLoader[Any]:
         return DataLoader(
             _Reader(dataset, self.data, self.seed, self.train),  # type: ignore[arg-type]
-            batch_sampler=_Ahead(self),  # type: ignore[arg-type]
+            batch_sampler=self.order,  # type: ignore[arg-type]
             num_workers=workers, collate_fn=_collate, persistent_workers=workers > 0,
             prefetch_factor=4 if workers else None, pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # its own, else torch's global one is drawn from
         )  # fmt: skip
 
-    def indices(self, epoch: int, first_step: int = 0) -> Iterator[NDArray[np.int64]]:
-        """This rank's picture numbers, batch by batch."""
-        n = len(self.dataset)
-        order = permutation(self.seed, epoch, n) if self.train else np.arange(n)
-        for step in range(first_step, self.steps_per_epoch):
-            whole = order[step * self.batch_size : (step + 1) * self.batch_size]
-            part = whole[self.rank * len(whole) // self.world : (self.rank + 1) * len(whole) // self.world]
-            if len(part):
-                yield part
-
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from `first_step` on. Raises `RunFailed` for a broken picture (on_error: raise)."""
         if isinstance(self.dataset, Resident):
             images, labels = self.dataset.on(self.device)
-            for part in self.indices(epoch, first_step):
+            for part in self.order.parts(epoch, first_step):
                 at = torch.from_numpy(part)
                 there = at.to(self.device)
                 yield Batch(self._finish(self._cut(images[there], epoch, part), epoch, part), labels[there], at)
             return
         assert self._reader is not None
-        self._next = (epoch, first_step)
+        self.order.epoch, self.order.first_step = epoch, first_step
         for pictures, targets, at, skipped in self._reader:
             if isinstance(pictures, str):
                 raise RunFailed(pictures)
@@ -131,20 +156,6 @@ def statistics(channels: int) -> tuple[Tensor, Tensor]:
         return torch.full((1, 1, 1), GREY_MEAN), torch.full((1, 1, 1), GREY_STD)
     mean, std = (torch.tensor([x[c % 3] for c in range(channels)])[:, None, None] for x in (MEAN, STD))
     return mean, std
-
-
-class _Ahead:
-    """Sampler over the epoch that the loader was asked for last, as (epoch, index): workers outlive an epoch."""
-
-    def __init__(self, loader: Loader) -> None:
-        self.loader = loader
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch, first_step = self.loader._next
-        return ([(epoch, int(i)) for i in part] for part in self.loader.indices(epoch, first_step))
-
-    def __len__(self) -> int:
-        return self.loader.steps_per_epoch
 
 
 class _Reader:

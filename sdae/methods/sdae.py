@@ -61,11 +61,9 @@ class SdAE(nn.Module):
         """The teacher's features of the tokens that the loss uses: (B * folds, length, D)."""
         view = self.view
         if view.full:
-            x = self.teacher.encode(self.teacher.embed(patches), norm=False)
-            index = masked[:, :, None].expand(-1, -1, x.shape[2]) + 1
-            return self.teacher.norm(x.gather(1, index))  # type: ignore[no-any-return]
+            return self.teacher.encode(self.teacher.embed(patches), keep=masked + 1)
         tokens = as_rows(self.teacher.embed(patches, masked[:, : view.used]), view.folds)
-        return self.teacher.norm(self.teacher.encode(tokens, norm=False)[:, 1:])  # type: ignore[no-any-return]
+        return self.teacher.encode(tokens, keep=slice(1, None))
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:

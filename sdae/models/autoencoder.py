@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from sdae.config import Model
 from sdae.models.encoder import Encoder, LayerNorm, gather, init_xavier, run_block, sincos_positions
+from sdae.models.linear import speed_up
 
 
 class MaskedAutoencoder(Encoder):
@@ -31,6 +32,7 @@ class MaskedAutoencoder(Encoder):
         )
         self.decoder_norm = LayerNorm(width)
         self.decoder_pred = nn.Linear(width, outputs)
+        speed_up(self)
 
     def decode(self, encoded: Tensor, visible: Tensor, masked: Tensor, used: int) -> Tensor:
         """Predicts the first `used` tokens of the masked list: (B, used, outputs). encoded: (B, 1 + visible, D)."""
@@ -39,10 +41,11 @@ class MaskedAutoencoder(Encoder):
         hidden = self.mask_token.to(x.dtype).expand(x.shape[0], masked.shape[1], -1)
         rest = torch.cat([x[:, 1:], hidden], dim=1) + positions
         x = torch.cat([x[:, :1] + self.decoder_pos_embed[:, :1], rest], dim=1)
-        for block in self.decoder_blocks:
-            x = run_block(block, x, None)
-        first = 1 + visible.shape[1]
-        return self.decoder_pred(self.decoder_norm(x[:, first : first + used]))  # type: ignore[no-any-return]
+        wanted = slice(1 + visible.shape[1], 1 + visible.shape[1] + used)
+        last = len(self.decoder_blocks) - 1
+        for i, block in enumerate(self.decoder_blocks):
+            x = run_block(block, x, keep=wanted if i == last else None)
+        return self.decoder_pred(self.decoder_norm(x if last >= 0 else x[:, wanted]))  # type: ignore[no-any-return]
 
     def predict(self, patches: Tensor, visible: Tensor, masked: Tensor, used: int, drop: Tensor | None) -> Tensor:
         """patches (B, L, C p^2) -> (B, used, outputs)."""

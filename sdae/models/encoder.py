@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sdae.config import Model
+from sdae.models.linear import speed_up
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 
@@ -43,13 +44,18 @@ def gather(tokens: Tensor, ids: Tensor) -> Tensor:
     return tokens.expand(ids.shape[0], -1, -1).gather(1, index)
 
 
-def run_block(block: Block, x: Tensor, drop: Tensor | None) -> Tensor:
-    """One pre-norm block. `drop` (2, B): the stochastic-depth factors of its two residual branches, 0 or 1 / (1 - p)."""
-    if drop is None:
-        x = x + block.ls1(block.attn(block.norm1(x)))
-        return x + block.ls2(block.mlp(block.norm2(x)))
-    x = x + block.ls1(block.attn(block.norm1(x))) * drop[0, :, None, None].to(x.dtype)
-    return x + block.ls2(block.mlp(block.norm2(x))) * drop[1, :, None, None].to(x.dtype)
+def run_block(block: Block, x: Tensor, drop: Tensor | None = None, keep: slice | Tensor | None = None) -> Tensor:
+    """One pre-norm block (B, N, D). `drop` (2, B): the stochastic-depth factors of its residual branches, 0 or 1 / (1 - p).
+
+    `keep`, a slice of tokens or their ids (B, n), says which tokens are wanted behind the block: the others take part in
+    the attention and are then let go, since the MLP does not mix tokens.
+    """
+    attended = block.attn(block.norm1(x))
+    x = x + (attended if drop is None else attended * drop[0, :, None, None].to(x.dtype))
+    if keep is not None:
+        x = x[:, keep] if isinstance(keep, slice) else gather(x, keep)
+    hidden = block.mlp(block.norm2(x))
+    return x + (hidden if drop is None else hidden * drop[1, :, None, None].to(x.dtype))
 
 
 def drop_path_rates(rate: float, depth: int) -> list[float]:
@@ -73,6 +79,7 @@ class Encoder(nn.Module):
             for _ in range(model.depth)
         )
         self.norm = LayerNorm(self.width)
+        speed_up(self)
 
     @property
     def tokens(self) -> int:
@@ -87,13 +94,17 @@ class Encoder(nn.Module):
             return F.linear(patches, weight, projection.bias) + self.pos_embed[:, 1:]
         return F.linear(gather(patches, ids), weight, projection.bias) + gather(self.pos_embed[:, 1:], ids)
 
-    def encode(self, tokens: Tensor, drop: Tensor | None = None, norm: bool = True) -> Tensor:
-        """Puts the cls token in front of each row (B, n, D) and runs the blocks: (B, 1 + n, D). drop: (depth, 2, B)."""
+    def encode(self, tokens: Tensor, drop: Tensor | None = None, keep: slice | Tensor | None = None) -> Tensor:
+        """Puts the cls token in front of each row (B, n, D) and runs the blocks: (B, 1 + n, D), or just the kept tokens.
+
+        drop: (depth, 2, B) stochastic-depth factors. keep: see `run_block`; ids count the cls token as 0.
+        """
         cls = self.cls_token + self.pos_embed[:, :1]
         x = torch.cat([cls.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens], dim=1)
+        last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
-            x = run_block(block, x, None if drop is None else drop[i])
-        return self.norm(x) if norm else x
+            x = run_block(block, x, None if drop is None else drop[i], keep if i == last else None)
+        return self.norm(x)  # type: ignore[no-any-return]
 
     def forward(self, images: Tensor, drop: Tensor | None = None) -> Tensor:
         """All tokens of whole pictures (B, C, H, W): (B, 1 + L, D)."""

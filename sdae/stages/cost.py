@@ -63,7 +63,11 @@ class Bench:
 
     def __init__(self, config: CostRun, method: Method, session: Session):
         self.config, self.device, self.step = config, session.world.device, 0
-        values = {"method": method.model_dump(), "model": config.model.model_dump(), "data": {"image_size": config.data.image_size}}
+        values = {
+            "method": method.model_dump(),
+            "model": config.model.model_dump(),
+            "data": {"image_size": config.data.image_size},
+        }
         pretrain = parse({"stage": "pretrain", "precision": config.precision, **values})
         assert isinstance(pretrain, Pretrain)
         _release_memory()

@@ -58,7 +58,9 @@ class PretrainTask:
         self.device = session.world.device
         self.module: nn.Module = build(config).to(self.device)
         optim = config.optim
-        self.optimizer: torch.optim.Optimizer = adamw(self.method.student, optim.base_lr, optim.weight_decay, optim.betas)
+        self.optimizer: torch.optim.Optimizer = adamw(
+            self.method.student, optim.base_lr, optim.weight_decay, optim.betas
+        )
         self.gflop_per_image = per_image(config) / 1e9
         self.kept = saved_epochs(optim.epochs)
 
@@ -95,7 +97,12 @@ class PretrainTask:
             out["momentum"] = self.momentum(epoch - 1)
         if epoch in self.kept and self.session.world.first:
             for which, state in self.encoders().items():
-                metadata = {"run": self.session.folder.id, "weights": which, "epoch": epoch, "arch": self.config.model.arch}
+                metadata = {
+                    "run": self.session.folder.id,
+                    "weights": which,
+                    "epoch": epoch,
+                    "arch": self.config.model.arch,
+                }
                 checkpoints.save_weights(self.session.folder.checkpoints / epoch_file(which, epoch), state, metadata)
         every = self.config.probe.knn_every
         if every and (epoch % every == 0 or epoch == self.config.optim.epochs):
@@ -122,7 +129,9 @@ class PretrainTask:
         checkpoints.save_weights(
             folder.checkpoints / "model.safetensors", self.module.state_dict(), {"run": folder.id, "stage": "pretrain"}
         )
-        files = sorted(p for p in folder.checkpoints.glob("*.safetensors") if not p.name.startswith(("state-", "nonfinite-")))
+        files = sorted(
+            p for p in folder.checkpoints.glob("*.safetensors") if not p.name.startswith(("state-", "nonfinite-"))
+        )
         return {path.name: checkpoints.checksum(path) for path in files}
 
 

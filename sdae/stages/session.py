@@ -51,9 +51,7 @@ def drop_factors(
     return ((draws < keep).float() / keep).to(device, non_blocking=True)
 
 
-def loader(
-    session: Session, config: Run, dataset: Dataset, seed: int, batch_size: int, train: bool
-) -> Loader:
+def loader(session: Session, config: Run, dataset: Dataset, seed: int, batch_size: int, train: bool) -> Loader:
     world = session.world
     return Loader(
         dataset, config.data, seed=seed, batch_size=batch_size, train=train, rank=world.rank, world=world.size,

@@ -116,12 +116,16 @@ def fit(
             pulse.tell(step=step, steps=steps, epoch=round(step / per_epoch, 3), epochs=optim.epochs)
 
             halt = stop.agreed(world, step)
-            overdue = world.any(time.monotonic() - saved > 60 * efficiency.checkpoint_minutes) if step % 10 == 0 else False
+            overdue = (
+                world.any(time.monotonic() - saved > 60 * efficiency.checkpoint_minutes) if step % 10 == 0 else False
+            )
             if (halt or overdue) and step < steps:
                 save(task, run, step, sums, world)
                 saved = time.monotonic()
             if halt and step < steps:
-                raise Interrupted(f"{run.id}: stopped at step {step} of {steps}; its state is saved, run it again to go on")
+                raise Interrupted(
+                    f"{run.id}: stopped at step {step} of {steps}; its state is saved, run it again to go on"
+                )
             if ends_epoch:
                 break
 
