@@ -8,7 +8,7 @@ import sys
 import typer
 
 from cli import machine, paper, results, runs, sweep
-from sdae.errors import RESUME_ME, Interrupted, RunFailed, UserError
+from sdae.errors import RESUME_ME, BrokenInput, Interrupted, RunFailed, UserError
 
 app = typer.Typer(
     help="Re-runs the ablations of SdAE (ECCV 2022) and says what of the paper holds.",
@@ -38,7 +38,7 @@ def main() -> None:
     except UserError as error:
         fail(str(error), 2)
     except RunFailed as error:
-        fail(str(error), 1)
+        fail(str(error), 2 if isinstance(error, BrokenInput) else 1)
     except Interrupted as error:
         fail(str(error), RESUME_ME)
     except Exception as error:

@@ -9,6 +9,10 @@ class RunFailed(Exception):
     """A run that started and could not end (non-finite loss, a broken picture): recorded in `failure.json`, exit 1."""
 
 
+class BrokenInput(RunFailed):
+    """A run that failed by what it was given (a picture that cannot be decoded): recorded as failed, exit 2."""
+
+
 class Interrupted(Exception):
     """A run that was told to stop, has saved its state and wants to be resumed. Exit code `RESUME_ME`."""
 

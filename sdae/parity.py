@@ -7,6 +7,7 @@ of the first step and weights after the last one. Its metadata `config` says eve
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +39,14 @@ def replay(path: str | Path) -> dict[str, Any]:
         return _replay(str(path), tensors, golden)
     except KeyError as error:
         raise UserError(f"{path}: not a golden file: {error.args[0]!r} is missing") from None
-    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
-        raise UserError(f"{path}: not a golden file that can be replayed: {str(error).splitlines()[0]}") from None
+    except (RuntimeError, TypeError, ValueError, AssertionError, IndexError, AttributeError, ArithmeticError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path}: not a golden file that can be replayed: {reason}") from None
 
 
 def _replay(path: str, tensors: dict[str, Tensor], golden: dict[str, Any]) -> dict[str, Any]:
     mae = golden["format"].startswith("mae")
-    config = _config(golden, mae)
+    config = _config(path, golden, mae)
     model: SdAE | MAE = MAE(config) if mae else SdAE(config, _view(golden, config))
     for module, prefix in ((model.student, "student."), (getattr(model, "teacher", None), "teacher.")):
         if module is not None:
@@ -95,7 +97,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, golden
 
 
-def _config(golden: dict[str, Any], mae: bool) -> Pretrain:
+def _config(path: str, golden: dict[str, Any], mae: bool) -> Pretrain:
     method: dict[str, Any] = {"name": "mae" if mae else "sdae", "mask_ratio": golden["mask_ratio"]}
     if mae:
         method["normalize_pixels"] = golden["normalize_pixels"]
@@ -112,7 +114,7 @@ def _config(golden: dict[str, Any], mae: bool) -> Pretrain:
             "patch_size": golden["patch_size"], "decoder_depth": golden["decoder_depth"], "drop_path": 0.0,
             "decoder_dim": golden["decoder_embed_dim"], "decoder_heads": golden["decoder_num_heads"],
         },
-    }, "golden config")  # fmt: skip
+    }, f"{path}: golden config")  # fmt: skip
     assert isinstance(config, Pretrain)
     return config
 
@@ -145,32 +147,36 @@ def _without_key_bias(name: str, value: Tensor) -> Tensor:
     return value
 
 
+def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of one group; a file without any of them proves nothing."""
+    found = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    if not found:
+        raise KeyError(f"{prefix}*")
+    return found
+
+
 def _gradient_error(model: SdAE | MAE, tensors: dict[str, Tensor]) -> float:
     worst = 0.0
     parameters = dict(model.student.named_parameters())
-    for key, expected in tensors.items():
-        if key.startswith("expected.grad."):
-            name = key.removeprefix("expected.grad.")
-            gradient = parameters[name].grad
-            if gradient is None:
-                raise KeyError(f"gradient of {name}")
-            expected = _without_key_bias(name, expected)
-            gap = (_without_key_bias(name, gradient) - expected).abs().max()
-            worst = _worse(worst, float(gap / expected.abs().max().clamp_min(1e-30)))
+    for name, expected in _below("expected.grad.", tensors).items():
+        gradient = parameters[name].grad
+        if gradient is None:
+            raise KeyError(f"gradient of {name}")
+        expected = _without_key_bias(name, expected)
+        gap = (_without_key_bias(name, gradient) - expected).abs().max()
+        worst = _worse(worst, float(gap / expected.abs().max().clamp_min(1e-30)))
     return worst
 
 
 def _weight_error(module: torch.nn.Module, prefix: str, tensors: dict[str, Tensor]) -> float:
     worst = 0.0
     ours = module.state_dict()
-    for key, expected in tensors.items():
-        if key.startswith(prefix):
-            name = key.removeprefix(prefix)
-            expected = _without_key_bias(name, expected).double()
-            gap = _without_key_bias(name, ours[name]).double() - expected
-            worst = _worse(worst, float(gap.norm() / expected.norm().clamp_min(1e-30)))
+    for name, expected in _below(prefix, tensors).items():
+        expected = _without_key_bias(name, expected).double()
+        gap = _without_key_bias(name, ours[name]).double() - expected
+        worst = _worse(worst, float(gap.norm() / expected.norm().clamp_min(1e-30)))
     return worst
 
 
 def _worse(a: float, b: float) -> float:
-    return b if not b <= a else a  # NaN is the worst of all
+    return a if math.isnan(a) or b <= a else b  # NaN is the worst of all

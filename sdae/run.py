@@ -14,14 +14,15 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sdae import provenance
-from sdae.config import Config, Data, dump, run_id
+from sdae.config import Config, Data, Finetune, Linprobe, Pretrain, dump, run_id
 from sdae.data.fingerprint import listing, resolve
-from sdae.errors import Interrupted, RunFailed, UserError
+from sdae.errors import BrokenInput, Interrupted, RunFailed, UserError
 from sdae.stages.session import Session
 from sdae.store import RunFolder, Store
 from sdae.training import distributed
 from sdae.training.loop import Stop
 from sdae.training.telemetry import Pulse
+from sdae.weights import with_digest
 
 STAGE_MODULES = {"pretrain": "pretrain", "finetune": "classify", "linprobe": "classify", "cost": "cost"}
 ATTENTION = {
@@ -46,7 +47,7 @@ def execute(
     why) and Interrupted (the state is saved; execute again to go on).
     """
     if config.stage != "cost":
-        config = with_fingerprint(config)
+        config = with_content(config)
     folder = store.run(run_id(config))
     if (result := folder.result()) is not None:
         return result
@@ -58,6 +59,7 @@ def execute(
     batch = config.optim.batch_size if config.stage != "cost" else world.size
     if batch % world.size:
         raise UserError(f"optim.batch_size: {batch} pictures cannot be shared equally by {world.size} processes")
+    fresh = not (folder.path / "config.yaml").exists()
     if world.first:
         store.open()
         folder.create(config)
@@ -67,13 +69,23 @@ def execute(
             raise AlreadyRunning(f"{folder.id}: another process is running it: {folder.claimed()}")
         if (result := folder.result()) is not None:  # finished by another between the look and the claim
             return result
-        return _execute(config, store, folder, world, progress)
+        try:
+            return _execute(config, store, folder, world, progress)
+        except UserError:
+            if world.first and fresh and not any(folder.checkpoints.iterdir()):
+                store.remove(folder.id)  # refused before anything was computed: nothing is left behind
+            raise
 
 
-def with_fingerprint(config: Config) -> Config:
-    """The config with the fingerprint of the pictures that are really there; refuses to run on others."""
+def with_content(config: Pretrain | Finetune | Linprobe) -> Config:
+    """The config with the fingerprint of the pictures, and the digest of the weights' file, that are really there.
+
+    Raises UserError where they are absent or others than those asked for.
+    """
     data: Data = resolve(config.data)
-    return config.model_copy(update={"data": data})
+    listing(data)
+    init = {} if config.stage == "pretrain" else {"init": with_digest(config.init)}
+    return config.model_copy(update={"data": data, **init})
 
 
 def _execute(
@@ -100,10 +112,11 @@ def _execute(
     except Exception as error:
         kind = "OutOfMemory" if isinstance(error, (torch.OutOfMemoryError, MemoryError)) else type(error).__name__
         message = str(error).strip() or kind
-        if world.first:
+        if folder.failure() is None:  # else another rank has told why, and this one only lost its connection
             folder.fail(kind, message, traceback.format_exc())
             say(folder, f"failed: {kind}: {message}")
-        raise RunFailed(f"{folder.id}: {message.splitlines()[0]}") from error
+        failed = BrokenInput if isinstance(error, BrokenInput) else RunFailed
+        raise failed(f"{folder.id}: {message.splitlines()[0]}") from error
     result = _result(config, folder, world, outcome, began)
     if world.first:
         from sdae.training.checkpoints import forget_states

@@ -138,7 +138,7 @@ class RunFolder:
         (self.path / "failure.json").unlink(missing_ok=True)
 
     def fail(self, kind: str, message: str, traceback: str = "") -> None:
-        before = self.failure() or {}
+        before = self.failure() or read_json(self.path / "failure.previous.json") or {}
         attempt = int(before.get("attempt", 0)) + 1
         self.write(
             "failure.json",
@@ -241,7 +241,7 @@ class Store:
         try:
             with os.scandir(self.root) as entries:
                 return sorted(e.name for e in entries if not e.name.startswith(".") and "-" in e.name and e.is_dir())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
 
     def open(self) -> None:

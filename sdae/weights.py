@@ -15,7 +15,7 @@ from torch import Tensor
 from sdae.config import Init, Model
 from sdae.errors import UserError
 from sdae.store import RunFolder, Store
-from sdae.training.checkpoints import load_weights, save_weights
+from sdae.training.checkpoints import checksum, load_weights, save_weights
 
 DECODER = ("decoder_", "mask_token")
 HEAD = ("head.", "fc_norm.", "head_drop")
@@ -53,6 +53,20 @@ def load_init(init: Init, store: Store, model: Model, image_size: int) -> dict[s
         path = Path(init.weights.removeprefix("file:")).expanduser()
         weights, where = split_layout(read_any(path), "auto", str(path))["student"], str(path)
     return fit(weights, model, image_size, where)
+
+
+def with_digest(init: Init) -> Init:
+    """`init` with the sha256 of its file, whose content is its identity. Raises UserError for another one than asked."""
+    if init.run is not None or not init.weights.startswith("file:"):
+        return init
+    path = Path(init.weights.removeprefix("file:")).expanduser()
+    try:
+        found = checksum(path)
+    except OSError as error:
+        raise UserError(f"init.weights: {path}: cannot be read: {error.strerror}") from None
+    if init.digest not in (None, found):
+        raise UserError(f"init.digest: {init.digest} is asked for, but {path} has {found}")
+    return init.model_copy(update={"digest": found})
 
 
 def fit(weights: dict[str, Tensor], model: Model, image_size: int, where: str) -> dict[str, Tensor]:

@@ -1,9 +1,10 @@
 """The built-in dataset: textured, overlapping shapes upon textured ground, drawn from (split, index) alone.
 
-The class is the pair (texture, shape) of the object in front, which is also the largest one. Colours, contrast, ground
-and smaller objects behind are random, so that neither colour nor texture alone tells the class. Integer arithmetic and
-integer tables only, with randomness from splitmix64: the same bytes on every machine. A change of the pictures needs a
-new `VERSION`, which enters the fingerprint.
+The class is the pair (texture, shape) of the object in front, which is also the largest one. Hues, contrast, ground and
+smaller objects behind are random, so that colour tells nothing and neither texture nor shape alone tells the class.
+Neighbouring classes differ in both (4 and 5 have no common factor), so that a network can learn them by halves. Integer
+arithmetic and integer tables only, with randomness from splitmix64: the same bytes on every machine. A change of the
+pictures needs a new `VERSION`, which enters the fingerprint.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Pictures:
 
 
 def class_names(classes: int) -> tuple[str, ...]:
-    return tuple(f"{TEXTURES[k // len(SHAPES)]}-{SHAPES[k % len(SHAPES)]}" for k in range(classes))
+    return tuple(f"{TEXTURES[k % len(TEXTURES)]}-{SHAPES[k % len(SHAPES)]}" for k in range(classes))
 
 
 def labels_of(indices: NDArray[np.int64], classes: int) -> NDArray[np.int64]:
@@ -92,14 +93,16 @@ def _draw(indices: NDArray[np.int64], labels: NDArray[np.int64], split: str, cla
     rows = OBJECTS + 1
     label = ints(0, classes, OBJECTS)
     label[-1] = labels
-    texture = np.concatenate([label // len(SHAPES), ints(0, len(TEXTURES), 1)])
+    texture = np.concatenate([label % len(TEXTURES), ints(0, len(TEXTURES), 1)])
     radius = ints(320, 680, OBJECTS)
     radius[-1] = ints(1150, 1750)
     place = ints(0, UNIT, 2, OBJECTS)
-    place[:, -1] = ints(radius[-1] * 3 // 4, UNIT - radius[-1] * 3 // 4, 2)
-    first = ints(0, 256, 3, rows)
-    step = ((first + ints(80, 176, 3, rows)) & 255) - first  # at least 80 grey levels, up or down
-    step[:, -1] = step[:, -1] * ints(6, 24) >> 6  # a calmer ground
+    place[:, -1] = UNIT // 2 + ints(-700, 701, 2)
+    angle = ints(0, 64, rows)
+    angle[-2] = ints(-6, 7) & 63  # the object in front stands about upright
+    first = ints(160, 252, 3, rows)  # objects are light with dark marks, the ground is dark and calm: any hue
+    step = -ints(60, 130, 3, rows)
+    first[:, -1], step[:, -1] = ints(8, 120, 3), ints(-32, 33, 3)
     return {
         "label": label,
         "shape": label % len(SHAPES),
@@ -107,7 +110,7 @@ def _draw(indices: NDArray[np.int64], labels: NDArray[np.int64], split: str, cla
         "radius": radius,
         "there": np.concatenate([ints(0, 2, OBJECTS - 1) > 0, np.ones((1, len(indices)), bool)]),
         "place": np.concatenate([place, np.full((2, 1, len(indices)), UNIT // 2, np.int32)], axis=1),
-        "angle": ints(0, 64, rows),
+        "angle": angle,
         "stretch": ints(205, 320, OBJECTS),
         "period": ints(640, 1100, rows),
         "phase": ints(0, 1024, 2, rows),

@@ -20,7 +20,7 @@ from torchvision.transforms.v2 import functional as F
 from sdae.config import Data
 from sdae.data import builtin
 from sdae.data.fingerprint import KNOWN, Listing, folder_of, listing, pictures_of
-from sdae.errors import RunFailed, UserError
+from sdae.errors import BrokenInput, UserError
 
 try:  # twice as fast as Pillow, deprecated since torchvision 0.29
     from torchvision.io import ImageReadMode, decode_image
@@ -112,7 +112,7 @@ def read(path: str) -> Tensor:
 
 
 def open_dataset(data: Data, split: Split) -> Dataset:
-    """The pictures of one split. Raises `UserError`, or `RunFailed` for a broken picture of a set held in memory."""
+    """The pictures of one split. Raises `UserError`, or `BrokenInput` for a broken picture of a set held in memory."""
     found = listing(data)
     if data.name == "builtin":
         return _builtin(split, sum(found.counts[split]), data.image_size, len(found.classes))
@@ -167,11 +167,11 @@ def _decoded(root: str, paths: tuple[str, ...], classes: tuple[str, ...], on_err
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         list(pool.map(decode, range(0, len(paths), 256)))
     if broken and on_error == "raise":
-        raise RunFailed(broken[min(broken)])
+        raise BrokenInput(broken[min(broken)])
     for i in broken:
         j = next((k % len(paths) for k in range(i + 1, i + len(paths)) if k % len(paths) not in broken), None)
         if j is None:
-            raise RunFailed(f"{root}: no readable picture in it")
+            raise BrokenInput(f"{root}: no readable picture in it")
         images[i], labels[i] = images[j], labels[j]
     out = Resident(images, labels, list(classes), files.path_of)
     out.skipped = {i: files.path_of(i) for i in sorted(broken)}

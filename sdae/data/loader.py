@@ -24,7 +24,7 @@ from sdae.data.datasets import Dataset, Files, Resident, UnreadableError
 from sdae.data.mixing import erase
 from sdae.data.randaugment import RandAugment
 from sdae.data.randomness import permutation
-from sdae.errors import RunFailed, UserError
+from sdae.errors import BrokenInput, UserError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 GREY_MEAN, GREY_STD = 0.449, 0.226
@@ -110,7 +110,7 @@ class Loader:
         )  # fmt: skip
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch from `first_step` on. Raises `RunFailed` for a broken picture (on_error: raise)."""
+        """The batches of an epoch from `first_step` on. Raises `BrokenInput` for a broken picture (on_error: raise)."""
         if isinstance(self.dataset, Resident):
             images, labels = self.dataset.on(self.device)
             for part in self.order.parts(epoch, first_step):
@@ -122,7 +122,7 @@ class Loader:
         self.order.epoch, self.order.first_step = epoch, first_step
         for pictures, targets, at, skipped in self._reader:
             if isinstance(pictures, str):
-                raise RunFailed(pictures)
+                raise BrokenInput(pictures)
             self.skipped.update(skipped)
             pictures = pictures.to(self.device, non_blocking=True)
             yield Batch(self._finish(pictures.float(), epoch, at.numpy()), targets.to(self.device), at)

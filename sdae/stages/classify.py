@@ -29,6 +29,9 @@ def run(config: Finetune | Linprobe, session: Session) -> dict[str, Any]:
     train = loader(session, config, train_set, config.seed, config.optim.batch_size, train=True)
     module = build(config, session, len(train_set.classes))
     task = ClassifyTask(config, session, module, len(train_set.classes), val_set)
+    if config.head.norm == "batch":  # its statistics are those of the global batch, so nothing is accumulated
+        whole = config.efficiency.model_copy(update={"micro_batch": None})
+        config = config.model_copy(update={"efficiency": whole})
     fit(task, config, session.folder, train, session.world, session.pulse, session.stop)
     scores = task.evaluate()
     weights = {}
@@ -37,7 +40,8 @@ def run(config: Finetune | Linprobe, session: Session) -> dict[str, Any]:
         metadata = {"run": session.folder.id, "stage": config.stage, "classes": train_set.classes}
         weights[path.name] = checkpoints.save_weights(path, module.state_dict(), metadata)
     rows = session.folder.metrics()
-    return {"metrics": {**scores, "loss": rows[-1]["loss"], "epochs": config.optim.epochs}, "weights": weights}
+    skipped = [*train.skipped.values(), *task.skipped.values()]
+    return {"metrics": {**scores, "loss": rows[-1]["loss"], "epochs": config.optim.epochs}, "weights": weights, "skipped": skipped}
 
 
 def build(config: Finetune | Linprobe, session: Session, classes: int) -> Classifier:
@@ -97,6 +101,7 @@ class ClassifyTask:
     ):
         self.config, self.session, self.classes, self.val_set = config, session, classes, val_set
         self.classifier, self.device = classifier, session.world.device
+        self.skipped: dict[int, str] = {}
         frozen = config.stage == "linprobe"
         self.module: nn.Module = (_Frozen if frozen else _Tuned)(classifier)
         self.gflop_per_image = per_image(config) / 1e9
@@ -155,6 +160,7 @@ class ClassifyTask:
                 logits = self.classifier(batch.images)
             best = logits.float().topk(min(5, self.classes), dim=1).indices == batch.labels[:, None]
             counts += torch.stack([best[:, 0].sum(), best.sum(), best.new_tensor(len(best), dtype=torch.float64)])
+        self.skipped.update(pictures.skipped)
         counts = self.session.world.sum(counts)
         if trained is not None:
             torch._foreach_copy_(list(self.classifier.parameters()), trained)

@@ -1,0 +1,41 @@
+# make setup | reproduce | test [SLOW=1] | lint
+# PYTHON chooses the interpreter, JOBS how many tests run at a time.
+SHELL := /bin/bash
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?=
+JOBS ?= 2
+
+.PHONY: setup reproduce test lint clean
+
+setup: $(VENV)/.installed
+
+# A new .venv where pyproject.toml or constraints.txt has changed its wants; nothing at all where they have not.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@usable='import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))'; \
+	for python in $(PYTHON) python3 python3.13 python3.12 python3.11 python3.14; do \
+		if "$$python" -c "$$usable" 2>/dev/null; then found=$$python; break; fi; \
+	done; \
+	if [ -x $(BIN)/python ] && $(BIN)/python -c "$$usable" 2>/dev/null; then :; \
+	elif [ -z "$$found" ]; then \
+		echo "error: no Python 3.11 or newer with venv was found (on Debian and Ubuntu: apt-get install python3-venv; or: make setup PYTHON=/path/to/python)" >&2; exit 2; \
+	else echo "making $(VENV) with $$($$found --version)"; rm -rf $(VENV); "$$found" -m venv $(VENV); fi
+	@echo "installing the versions of constraints.txt into $(VENV) (minutes the first time)"
+	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[test]'
+	@touch $@
+
+reproduce: setup
+	@$(BIN)/sdae-cli reproduce
+
+# The slow tests (minutes, and a LaTeX engine) come with SLOW=1, as in .ci/run.
+test: setup
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(if $(SLOW),,-m "not slow")
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
