@@ -1,8 +1,8 @@
 """What a run is: pydantic models, overrides, identity.
 
-A run is one stage with one config. Its id is a hash of the complete, resolved *science* part of that config, so that two
-people who ask for the same numbers ask for the same run. What must not change numbers (`efficiency`), what only observes
-(`probe`), where the pictures lie (`data.path`) and the label `scale` are not part of the id.
+A run is one stage with one config. Its id is a hash of the complete, resolved *science* part of that config, so that
+two people who ask for the same numbers ask for the same run. What must not change numbers (`efficiency`), what only
+observes (`probe`), where the pictures lie (`data.path`) and the label `scale` are not part of the id.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ ARCHITECTURES = {
     "gigantic": (1664, 48, 16, 64 / 13),
 }
 
-# Keys added after the first release, with the value that leaves the numbers as they were. At that value a key is left out
-# of the hash, so that the ids of older runs stay what they are.
+# Keys added after the first release, with the value that leaves the numbers as they were. At that value a key is left
+# out of the hash, so that the ids of older runs stay what they are.
 NEUTRAL: dict[str, Any] = {}
 
 NOT_SCIENCE = ("efficiency", "probe", "scale")
@@ -78,7 +78,7 @@ FINETUNE_AUGMENT = Augment(
 class Data(Strict):
     """Which pictures. `train_pictures` / `val_pictures` / `classes` take a fixed, class-balanced part (null: all).
 
-    `fingerprint` is filled in by `sdae.data.fingerprint`: a hash of the class list and the number of pictures per class.
+    `fingerprint` is filled in by `sdae.data.fingerprint`: a hash of the class list and the pictures per class.
     """
 
     name: Literal["builtin", "imagefolder", "tiny-imagenet", "cifar10", "cifar100", "stl10"] = "imagefolder"

@@ -12,7 +12,8 @@ def normalize(features: Tensor) -> Tensor:
     """Eq. (3): zero mean, unit variance over the last axis; the variance is unbiased. Any shape (..., C)."""
     channels = features.shape[-1]
     shrink = (channels - 1) / channels  # LayerNorm's variance is the biased one: unbiased = biased / shrink
-    return F.layer_norm(features, (channels,), eps=EPSILON * shrink) * shrink**0.5
+    out: Tensor = F.layer_norm(features, (channels,), eps=EPSILON * shrink) * shrink**0.5
+    return out
 
 
 def similarity_axis(similarity: str, full: bool) -> int:

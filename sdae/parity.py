@@ -1,7 +1,7 @@
 """Replays recorded steps through the real training code and reports how far the numbers are apart.
 
-A golden file is safetensors: pictures, mask noise and weights before the first step; loss, prediction, target, gradients
-of the first step and weights after the last one. Its metadata `config` says everything the steps need.
+A golden file is safetensors: pictures, mask noise and weights before the first step; loss, prediction, target,
+gradients of the first step and weights after the last one. Its metadata `config` says everything the steps need.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ def _replay(path: str, tensors: dict[str, Tensor], golden: dict[str, Any]) -> di
                 errors["target_error"] = _target_error(output.target, masked, tensors["expected.target"])
         optimizer.step()
         if isinstance(model, SdAE):
-            epoch, last = divmod(step + 1, golden["steps_per_epoch"])
-            if golden["ema_every"] == "iteration" or last == 0:
+            ends_epoch = (step + 1) % golden["steps_per_epoch"] == 0
+            if golden["ema_every"] == "iteration" or ends_epoch:
                 model.update_teacher(golden["momentum_per_epoch"][step // golden["steps_per_epoch"]])
     errors["loss_error"] = float((torch.tensor(losses, dtype=torch.float64) - tensors["expected.loss"]).abs().max())
     errors["weight_error"] = _weight_error(model.student, "expected.student.", tensors)

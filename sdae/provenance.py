@@ -43,7 +43,7 @@ def code() -> dict[str, Any]:
 def environment() -> dict[str, Any]:
     import torch
 
-    packages = {}
+    packages: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
             packages[name] = version(name)

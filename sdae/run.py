@@ -132,10 +132,11 @@ def _result(
     config: Config, folder: RunFolder, world: distributed.World, outcome: dict[str, Any], began: float
 ) -> dict[str, Any]:
     model = config.model
+    network = f"{model.arch} ({model.width}x{model.depth}, patch {model.patch_size})"
     origin = provenance.code()
     return {
         "format": 1, "id": folder.id, "stage": config.stage, "seed": config.seed, "scale": config.scale,
-        "dataset": describe_data(config), "model": f"{model.arch} ({model.width}x{model.depth}, patch {model.patch_size})",
+        "dataset": describe_data(config), "model": network,
         "image_size": config.data.image_size, "metrics": outcome["metrics"], "weights": outcome.get("weights", {}),
         "time": {
             "started": datetime.fromtimestamp(began, UTC).isoformat(timespec="seconds"),

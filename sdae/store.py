@@ -1,7 +1,7 @@
 """Run folders: the only code that writes or reads them.
 
-Invariant: a reader never sees half a file. Every file but the two append-only logs is written to a temporary name in the
-same folder, flushed to the disk and renamed. `result.json` is written last: its presence means that the run is done.
+Invariant: a reader never sees half a file. Every file but the two append-only logs is written to a temporary name in
+the same folder, flushed to the disk and renamed. `result.json` is written last: its presence means that a run is done.
 A run is claimed by one process at a time through `claim.json`; a claim of a dead process is taken over, so a killed job
 holds nothing.
 """
@@ -21,8 +21,9 @@ from typing import Any
 
 import yaml
 
-from sdae.config import Config, dump, parse, read_yaml, run_id
+from sdae.config import Config, dump, parse, run_id
 from sdae.errors import UserError
+from sdae.yamls import read_yaml
 
 FORMAT = 1
 GRACE_SECONDS = 300.0  # a heartbeat older than this, from another machine, is that of a lost run
@@ -167,9 +168,9 @@ class RunFolder:
 
     def _alive(self, claim: dict[str, Any]) -> bool:
         if claim.get("host") == socket.gethostname():
-            return process_start(int(claim["pid"])) == claim["started"]
+            return bool(process_start(int(claim["pid"])) == claim["started"])
         heartbeat = self.heartbeat() or {}
-        return time.time() - max(claim["time"], heartbeat.get("time", 0.0)) < GRACE_SECONDS
+        return bool(time.time() - max(claim["time"], heartbeat.get("time", 0.0)) < GRACE_SECONDS)
 
     @contextlib.contextmanager
     def claim(self) -> Iterator[bool]:

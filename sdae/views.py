@@ -1,7 +1,7 @@
 """Which tokens the student and the teacher see (paper section 2.2, Fig. 3): full, masked, crop, folds.
 
-Noise is uniform, one value per patch. The patches of lowest noise are visible, in noise order; the others, in noise order,
-are the masked list. Every teacher view is a number of tokens from the head of that list, cut into folds of equal length.
+Noise is uniform, one value per patch. The patches of lowest noise are visible, in noise order; the others, in noise
+order, are the masked list. Every teacher view is a number of tokens from the head of that list, cut into equal folds.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class View:
 
 
 def split(noise: Tensor, visible: int) -> tuple[Tensor, Tensor]:
-    """Ids of the visible (B, visible) and of the masked patches (B, L - visible), both in noise order. noise: (B, L)."""
+    """Ids of the visible (B, visible) and the masked patches (B, L - visible), both in noise order. noise: (B, L)."""
     order = noise.argsort(dim=1)
     return order[:, :visible], order[:, visible:]
 

@@ -56,7 +56,7 @@ def load_init(init: Init, store: Store, model: Model, image_size: int) -> dict[s
 
 
 def with_digest(init: Init) -> Init:
-    """`init` with the sha256 of its file, whose content is its identity. Raises UserError for another one than asked."""
+    """`init` with the sha256 of its file, whose content is its identity. UserError for another one than asked."""
     if init.run is not None or not init.weights.startswith("file:"):
         return init
     path = Path(init.weights.removeprefix("file:")).expanduser()

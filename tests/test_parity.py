@@ -88,8 +88,8 @@ def test_all_shared_recordings(shared: Path) -> None:
         (FULL, add("expected.teacher.blocks.0.norm1.bias", float("nan")), {"teacher_error"}),
         (FOLDS, setting(momentum_per_epoch=[0.9, 0.93]), {"teacher_error"}),
         (FOLDS, setting(ema_every="iteration"), {"teacher_error", "loss_error", "weight_error"}),
-        (MAE, setting(weight_decay=0.0), {"weight_error"}),
-        (MAE, setting(betas=[0.9, 0.999]), {"weight_error", "loss_error"}),
+        (MAE, setting(weight_decay=0.0), {"weight_error", "loss_error"}),
+        (MAE, setting(betas=[0.9, 0.999]), {"weight_error"}),
     ],
 )
 def test_a_difference_is_found_where_it_is(file: Path, change: Any, wrong: set[str], tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdae.config import read_yaml
+from sdae.yamls import read_yaml
 
 
 @dataclass(frozen=True)

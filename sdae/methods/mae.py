@@ -34,6 +34,6 @@ class MAE(nn.Module):
         prediction = self.student.predict(patches, visible, masked, self.masked, drop)
         pixels = gather(patches, masked)
         # MAE's order inside a patch: row, column, channel
-        pixels = pixels.unflatten(2, (self.channels, -1)).transpose(2, 3).flatten(2)
+        pixels = pixels.view(*pixels.shape[:2], self.channels, -1).transpose(2, 3).flatten(2)
         loss = pixel_loss(prediction, pixels, self.normalize)
         return Output(loss, prediction, pixels.detach(), torch.empty(0))

@@ -45,17 +45,19 @@ def gather(tokens: Tensor, ids: Tensor) -> Tensor:
 
 
 def run_block(block: Block, x: Tensor, drop: Tensor | None = None, keep: slice | Tensor | None = None) -> Tensor:
-    """One pre-norm block (B, N, D). `drop` (2, B): the stochastic-depth factors of its residual branches, 0 or 1 / (1 - p).
+    """One pre-norm block (B, N, D).
 
-    `keep`, a slice of tokens or their ids (B, n), says which tokens are wanted behind the block: the others take part in
-    the attention and are then let go, since the MLP does not mix tokens.
+    `drop` (2, B) holds the stochastic-depth factors of its residual branches, 0 or 1 / (1 - p). `keep`, a slice of
+    tokens or their ids (B, n), says which tokens are wanted behind the block: the others take part in the
+    attention and are then let go, since the MLP does not mix tokens.
     """
     attended = block.attn(block.norm1(x))
     x = x + (attended if drop is None else attended * drop[0, :, None, None].to(x.dtype))
     if keep is not None:
         x = x[:, keep] if isinstance(keep, slice) else gather(x, keep)
     hidden = block.mlp(block.norm2(x))
-    return x + (hidden if drop is None else hidden * drop[1, :, None, None].to(x.dtype))
+    out: Tensor = x + (hidden if drop is None else hidden * drop[1, :, None, None].to(x.dtype))
+    return out
 
 
 def drop_path_rates(rate: float, depth: int) -> list[float]:
@@ -95,7 +97,7 @@ class Encoder(nn.Module):
         return F.linear(gather(patches, ids), weight, projection.bias) + gather(self.pos_embed[:, 1:], ids)
 
     def encode(self, tokens: Tensor, drop: Tensor | None = None, keep: slice | Tensor | None = None) -> Tensor:
-        """Puts the cls token in front of each row (B, n, D) and runs the blocks: (B, 1 + n, D), or just the kept tokens.
+        """Puts the cls token in front of each row (B, n, D), runs the blocks: (B, 1 + n, D), or just the kept tokens.
 
         drop: (depth, 2, B) stochastic-depth factors. keep: see `run_block`; ids count the cls token as 0.
         """

@@ -1,12 +1,14 @@
 """Linear layers that run at the CPU's peak.
 
-In float32 on the CPU, oneDNN's matrix product with its bias inside is up to 1.7 x as fast as what `F.linear` calls there
-(benchmarks/pretrain_step.py shows it); the weight's gradient is not, and stays with the plain product. Elsewhere, and
+In float32 on the CPU, oneDNN's matrix product with its bias inside is faster than what `F.linear` calls there
+(benchmarks/pretrain_step.py --linear); the weight's gradient is not, and stays with the plain product. Elsewhere, and
 where this PyTorch lacks the operator, the layer is `nn.Linear` to the letter.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,12 +17,24 @@ from torch import Tensor, nn
 
 def _onednn() -> Any:
     """PyTorch's oneDNN linear operator, which inductor's CPU code is made of, or None."""
-    if not torch.backends.mkldnn.is_available():
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return None
     return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
 _LINEAR = _onednn()
+_enabled = True
+
+
+@contextlib.contextmanager
+def plain() -> Iterator[None]:
+    """Inside, every layer is `nn.Linear`: for counting FLOP, and for measuring what the fast path is worth."""
+    global _enabled
+    before, _enabled = _enabled, False
+    try:
+        yield
+    finally:
+        _enabled = before
 
 
 class _Product(torch.autograd.Function):
@@ -40,14 +54,14 @@ class _Product(torch.autograd.Function):
 class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        if _LINEAR is None or not _plain_float32_on_cpu(x):
+        if _LINEAR is None or not (_enabled and _is_float32_on_cpu(x)):
             return super().forward(x)
         if torch.is_grad_enabled() and self.weight.requires_grad:
             return _Product.apply(x, self.weight, self.bias)  # type: ignore[no-any-return]
         return _LINEAR(x, self.weight, self.bias, "none", [], "")  # type: ignore[no-any-return]
 
 
-def _plain_float32_on_cpu(x: Tensor) -> bool:
+def _is_float32_on_cpu(x: Tensor) -> bool:
     if x.device.type != "cpu" or x.dtype != torch.float32 or torch.compiler.is_compiling():
         return False
     return not torch.is_autocast_enabled("cpu")

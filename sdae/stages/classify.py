@@ -41,7 +41,11 @@ def run(config: Finetune | Linprobe, session: Session) -> dict[str, Any]:
         weights[path.name] = checkpoints.save_weights(path, module.state_dict(), metadata)
     rows = session.folder.metrics()
     skipped = [*train.skipped.values(), *task.skipped.values()]
-    return {"metrics": {**scores, "loss": rows[-1]["loss"], "epochs": config.optim.epochs}, "weights": weights, "skipped": skipped}
+    return {
+        "metrics": {**scores, "loss": rows[-1]["loss"], "epochs": config.optim.epochs},
+        "weights": weights,
+        "skipped": skipped,
+    }
 
 
 def build(config: Finetune | Linprobe, session: Session, classes: int) -> Classifier:

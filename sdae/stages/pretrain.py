@@ -35,7 +35,11 @@ def run(config: Pretrain, session: Session) -> dict[str, Any]:
     metrics = {name: rows[-1][name] for name in names if rows and name in rows[-1]}
     if probed := [row["knn_top1"] for row in rows if "knn_top1" in row]:
         metrics["knn_top1"] = probed[-1]
-    return {"metrics": metrics | {"epochs": config.optim.epochs}, "weights": weights, "skipped": list(train.skipped.values())}
+    return {
+        "metrics": metrics | {"epochs": config.optim.epochs},
+        "weights": weights,
+        "skipped": list(train.skipped.values()),
+    }
 
 
 def saved_epochs(epochs: int) -> set[int]:

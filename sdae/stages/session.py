@@ -43,7 +43,7 @@ def uniform(shape: tuple[int, ...], *keys: int) -> Tensor:
 def drop_factors(
     rate: float, depth: int, seed: int, step: int, first: int, count: int, total: int, device: torch.device
 ) -> Tensor | None:
-    """Stochastic-depth factors (depth, 2, count) of pictures first .. of a global batch of `total`: 0 or 1 / (1 - p)."""
+    """Stochastic-depth factors (depth, 2, count), 0 or 1 / (1 - p), of pictures first .. of a batch of `total`."""
     if rate == 0:
         return None
     keep = 1 - torch.tensor(drop_path_rates(rate, depth))[:, None, None]

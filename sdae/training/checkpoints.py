@@ -1,4 +1,4 @@
-"""Checkpoints: safetensors with JSON metadata, last and previous, a torn one told by its checksum. Nothing is unpickled."""
+"""Checkpoints: safetensors with JSON metadata, last and previous, a torn one told by its checksum. No pickles."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def load_weights(path: Path, digest: str | None = None) -> tuple[dict[str, Tenso
 
 
 def save_state(folder: Path, step: int, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-    """The state from which a run goes on. Its checksum is written last and makes it valid; older ones than the previous go."""
+    """The state from which a run goes on; its checksum, written last, makes it valid. Keeps the previous one too."""
     path = folder / f"state-{step:08d}.safetensors"
     digest = save_weights(path, tensors, {**metadata, "step": step})
     write_atomically(path.with_suffix(".sha256.json"), to_json({"sha256": digest}))

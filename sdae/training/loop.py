@@ -1,5 +1,5 @@
 """The one training loop. Stages bring a `Task`; data order, augmentation and every random draw are functions of
-(seed, epoch, step), so a state is weights, optimizer and a step number, and a resumed run repeats nothing and skips nothing.
+(seed, epoch, step), so a state is weights, optimizer and a step number, and a resumed run repeats and skips nothing.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Task(Protocol):
     gflop_per_image: float
 
     def inputs(self, batch: Batch, step: int, first: int, total: int) -> tuple[Any, ...]:
-        """This rank's part of the global batch (pictures first .. of total) with its share of the step's random draws."""
+        """This rank's part of the global batch (pictures first .. of total), its share of the step's draws included."""
 
     def part(self, inputs: tuple[Any, ...], start: int, stop: int) -> tuple[Any, ...]:
         """A micro-batch of the inputs."""
@@ -68,6 +68,7 @@ def fit(
     model = compiled(task.module, config, world)
     meter = telemetry.Meter(device, task.gflop_per_image, telemetry.peak_flops(device.type, config.precision))
     saved = time.monotonic()
+    board = telemetry.Board(run, efficiency.tensorboard and world.first)
     telemetry.reset_peak_memory(device)
     task.module.train()
 
@@ -103,7 +104,12 @@ def fit(
             ends_epoch = step % per_epoch == 0
             if step % efficiency.log_every == 0 or ends_epoch:
                 refuse_non_finite(sums[0], task, config, run, batch, step - 1, world)
-                row = {"step": step, "epoch": round(step / per_epoch, 4), "loss": mean_loss(sums, world), "lr": lr}
+                row: dict[str, Any] = {
+                    "step": step,
+                    "epoch": round(step / per_epoch, 4),
+                    "loss": mean_loss(sums, world),
+                    "lr": lr,
+                }
                 row |= task.watch(output)
                 if ends_epoch:
                     row |= task.after_epoch(step // per_epoch)
@@ -112,6 +118,7 @@ def fit(
                 row |= meter.row()
                 if world.first:
                     run.append_metrics(row)
+                    board.add(row)
                 pulse.tell(**row)
             pulse.tell(step=step, steps=steps, epoch=round(step / per_epoch, 3), epochs=optim.epochs)
 

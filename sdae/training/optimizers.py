@@ -24,7 +24,7 @@ def parameter_groups(
     """Groups by weight decay and, in fine-tuning, by layer.
 
     Layer i's learning rate is scaled by layer_decay^(depth + 1 - i): patch, cls and position are layer 0, block b is
-    layer b + 1, what comes behind the blocks is layer depth + 1. With layer decay, cls and position do not decay either.
+    layer b + 1, what comes behind the blocks layer depth + 1. With layer decay, cls and position do not decay either.
     """
     groups: dict[tuple[float, float], dict[str, object]] = {}
     for name, parameter in model.named_parameters():
@@ -40,7 +40,7 @@ def parameter_groups(
 
 
 def lars(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    """LARS (You et al. 2017) with momentum 0.9 and trust 0.001; the trust ratio adapts tensors of more than one dimension.
+    """LARS (You et al. 2017), momentum 0.9, trust 0.001; the trust ratio adapts tensors of more than one dimension.
 
     timm adapts nothing at weight decay 0 unless told to (`always_adapt`).
     """

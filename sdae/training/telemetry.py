@@ -1,7 +1,8 @@
-"""What a run tells of itself while it runs: throughput, MFU, waiting, memory, heartbeat, alarms of self-distillation."""
+"""What a run tells of itself while it runs: throughput, MFU, waiting, memory, heartbeat, alarms of collapse."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import threading
@@ -58,10 +59,8 @@ def reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
-    try:
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to the present resident set
-    except OSError:
-        pass
 
 
 @torch.no_grad()
@@ -104,6 +103,28 @@ class Meter:
         return row
 
 
+class Board:
+    """The rows of metrics.jsonl as TensorBoard events in RUN/tensorboard, where asked for (extra `.[tensorboard]`)."""
+
+    def __init__(self, run: RunFolder, wanted: bool):
+        self.writer: Any = None
+        if wanted:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise UserError(
+                    "efficiency.tensorboard: true, but TensorBoard is not installed (pip install -e '.[tensorboard]')"
+                ) from None
+            self.writer = SummaryWriter(str(run.path / "tensorboard"))
+
+    def add(self, row: dict[str, Any]) -> None:
+        if self.writer is not None:
+            for name, value in row.items():
+                if isinstance(value, int | float) and name != "step":
+                    self.writer.add_scalar(name, value, row["step"])
+            self.writer.flush()
+
+
 class Pulse:
     """Writes heartbeat.json every few seconds from a thread of its own, and calls `progress` about once a second."""
 
@@ -135,10 +156,6 @@ class Pulse:
             self._write()
 
     def _write(self) -> None:
-        try:
-            self.run.write(
-                "heartbeat.json",
-                {"time": time.time(), "host": socket.gethostname(), "pid": os.getpid(), **self.status},
-            )
-        except UserError:
-            pass  # a full disk must not stop a run here: the next checkpoint says so aloud
+        place = {"time": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
+        with contextlib.suppress(UserError):  # a full disk must not stop a run here: the next checkpoint says so aloud
+            self.run.write("heartbeat.json", {**place, **self.status})
