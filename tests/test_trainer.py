@@ -386,9 +386,13 @@ def test_all_of_the_network_is_tuned(finetuned: tuple[Config, RunFolder, dict[st
 def test_averaged_weights_are_what_is_scored(tmp_path: Path) -> None:
     plain = done(tiny("finetune", optim={"base_lr": 0.05}), tmp_path)[1]["metrics"]
     folder, result = done(tiny("finetune", optim={"base_lr": 0.05, "weight_ema": 1 - 1e-12}), tmp_path)
-    first = done(tiny("finetune", optim={"base_lr": 1e-30, "epochs": 1, "warmup_epochs": 0}), tmp_path)[1]["metrics"]
+    still = {"base_lr": 1e-30, "epochs": 1, "warmup_epochs": 0, "min_lr": 0}
+    first, scored = done(tiny("finetune", optim=still), tmp_path)
     assert result["metrics"]["loss"] == plain["loss"]
-    assert result["metrics"]["top5"] == first["top5"] != plain["top5"]
+    assert result["metrics"]["top5"] == scored["metrics"]["top5"] != plain["top5"]
+    kept = weights(folder)
+    for name, value in weights(first).items():
+        torch.testing.assert_close(kept[name], value)  # and what is scored is what is kept
 
 
 def test_a_probe_trains_the_head_alone(tmp_path: Path) -> None:

@@ -34,6 +34,8 @@ def run(config: Finetune | Linprobe, session: Session) -> dict[str, Any]:
         config = config.model_copy(update={"efficiency": whole})
     fit(task, config, session.folder, train, session.world, session.pulse, session.stop)
     scores = task.evaluate()
+    if config.optim.weight_ema:  # what was scored is what is kept
+        task.use_averages()
     weights = {}
     if session.world.first:
         path = session.folder.checkpoints / "model.safetensors"
@@ -142,6 +144,10 @@ class ClassifyTask:
         if decay := self.config.optim.weight_ema:
             torch._foreach_lerp_(self._averages(), list(self.classifier.parameters()), 1 - decay)
 
+    @torch.no_grad()
+    def use_averages(self) -> None:
+        torch._foreach_copy_(list(self.classifier.parameters()), self._averages())
+
     def after_epoch(self, epoch: int) -> dict[str, float]:
         every = self.config.probe.eval_every
         return self.evaluate() if every and epoch % every == 0 and epoch < self.config.optim.epochs else {}
@@ -155,7 +161,7 @@ class ClassifyTask:
         trained = None
         if self.config.optim.weight_ema:
             trained = [p.detach().clone() for p in self.classifier.parameters()]
-            torch._foreach_copy_(list(self.classifier.parameters()), self._averages())
+            self.use_averages()
         self.module.eval()
         counts = torch.zeros(3, dtype=torch.float64, device=self.device)
         pictures = loader(self.session, self.config, self.val_set, 0, self.config.optim.batch_size, train=False)
