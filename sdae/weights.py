@@ -140,7 +140,8 @@ def split_layout(content: dict[str, Any], layout: str, where: str) -> dict[str, 
         raise UserError(f"{where}: MAE's layout has the key model; here: {_keys(content)}")
     out = {}
     for name, part in parts.items():
-        if not isinstance(part, dict) or not part or not all(isinstance(v, Tensor) for v in part.values()):
+        tensors = isinstance(part, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in part.items())
+        if not part or not tensors:
             raise UserError(f"{where}: {name}: expected a mapping of tensors; here: {_keys(part)}")
         stripped = {key.removeprefix("module."): value for key, value in part.items()}
         out[name] = {k: v for k, v in stripped.items() if not k.startswith((*DECODER, *HEAD))}
@@ -162,7 +163,10 @@ def describe(weights: dict[str, Tensor], where: str) -> dict[str, int]:
     wanted = {"cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias", "norm.weight", "norm.bias"}
     wanted |= {f"blocks.{i}.{name}" for i in range(max(depth, 1)) for name in per_block}
     _name_differences(wanted, set(weights), where)
-    width, channels, patch, _ = weights["patch_embed.proj.weight"].shape
+    shape = weights["patch_embed.proj.weight"].shape
+    if len(shape) != 4:
+        raise UserError(f"{where}: patch_embed.proj.weight is {tuple(shape)}, not (width, channels, patch, patch)")
+    width, channels, patch, _ = shape
     return {
         "width": width, "depth": depth, "patch_size": patch, "channels": channels,
         "tokens": weights["pos_embed"].shape[1] - 1,
