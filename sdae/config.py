@@ -273,7 +273,7 @@ class Run(Strict):
     """What every stage's config has."""
 
     scale: str = "custom"
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     data: Data = Data()
     model: Model = Model()
     precision: Literal["bf16", "fp32"] = "bf16"
@@ -436,6 +436,8 @@ def parse(values: Any, where: str = "config") -> Config:
         return _ADAPTERS[stage].validate_python(merge(_defaults(stage), values))  # type: ignore[return-value]
     except ValidationError as error:
         raise UserError(f"{where}: {explain(error, STAGES[stage])}") from None
+    except UserError as error:  # an unknown arch
+        raise UserError(f"{where}: {error}") from None
 
 
 def _defaults(stage: str) -> dict[str, Any]:

@@ -184,29 +184,47 @@ class RunFolder:
         fresh.write_text(to_json(mine))
         owned = False
         try:
-            for _ in range(3):
-                try:
-                    os.link(fresh, file)  # fails where a claim exists, on NFS too
-                    owned = True
-                    break
-                except FileExistsError:
-                    other = read_json(file)
-                    if other and self._alive(other):
-                        break
-                    # Dead. Whoever renames this very claim away may try again; the loser finds it gone or changed.
-                    grave = self.path / f".claim.{token}.dead"
-                    with contextlib.suppress(FileNotFoundError):
-                        os.rename(file, grave)
-                        taken = read_json(grave)
-                        if taken and other and taken.get("token") != other.get("token"):
-                            with contextlib.suppress(FileExistsError):
-                                os.link(grave, file)  # a living claim, made in between: give it back
-                        grave.unlink(missing_ok=True)
+            owned = self._take(file, fresh)
+            fresh.unlink(missing_ok=True)
             yield owned
         finally:
             fresh.unlink(missing_ok=True)
             if owned and (read_json(file) or {}).get("token") == token:
                 file.unlink(missing_ok=True)
+
+    def _take(self, file: Path, fresh: Path) -> bool:
+        """Makes `fresh` the claim where there is none, or where the one that there is belongs to a dead process.
+
+        A dead claim has one successor, the link `.claim.after.TOKEN`: link(2) fails where one exists, on NFS too. A
+        successor that has died has a successor itself. The last one takes its place in claim.json and only then
+        removes the links, so that whoever comes late finds either a link or another claim than it has read.
+        """
+        for _ in range(9):
+            with contextlib.suppress(FileExistsError):
+                os.link(fresh, file)
+                return True
+            first = last = read_json(file)
+            for _ in range(9):
+                if last and self._alive(last):
+                    return False
+                link = self.path / f".claim.after.{_token(last)}"
+                try:
+                    os.link(fresh, link)
+                except FileExistsError:
+                    last = read_json(link)
+                    continue
+                if file.exists() and _token(read_json(file)) == _token(first):
+                    os.replace(fresh, file)
+                    for link in self.path.glob(".claim.after.*"):
+                        link.unlink(missing_ok=True)
+                    return True
+                link.unlink(missing_ok=True)
+                break
+        return False
+
+
+def _token(claim: Any) -> str:
+    return str(claim.get("token", "")) if isinstance(claim, dict) else ""
 
 
 def process_start(pid: int) -> str | None:

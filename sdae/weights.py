@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import pickle
 import re
 import warnings
 from pathlib import Path
@@ -120,8 +119,9 @@ def read_any(path: Path) -> dict[str, Any]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, KeyError) as error:
-        raise UserError(f"{path}: not a whole checkpoint of tensors: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # a broken pickle raises whatever its bytes lead to
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path}: not a whole checkpoint of tensors: {reason}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a mapping of tensors, got {type(content).__name__}")
     return content

@@ -16,13 +16,13 @@ import yaml
 from conftest import tiny
 
 from ablations.planner import plan
-from ablations.scale import Scale, load_scale
+from ablations.scale import Scale, load_scale, scale_epochs, scales
 from sdae.config import STAGES, dump, load, parse
 from sdae.store import Store
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("sdae", "ablations", "slurm", "analysis", "cli")
-CODE = sorted(path for room in (*ROOMS, "benchmarks", "examples") for path in (ROOT / room).rglob("*.py"))
+CODE = sorted(path for room in (*ROOMS, "benchmarks", "docs", "examples") for path in (ROOT / room).rglob("*.py"))
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(
     (ROOT / "docs").glob("*.md")
 )
@@ -55,7 +55,7 @@ def imports(tree: ast.AST) -> Iterator[tuple[ast.stmt, str]]:
 def test_heavy_packages_stay_in_their_rooms() -> None:
     for path in CODE:
         room = path.relative_to(ROOT).parts[0]
-        forbidden = {"sdae": FRAMES, "analysis": TORCH, "benchmarks": ()}.get(room, TORCH + FRAMES)
+        forbidden = {"sdae": FRAMES, "analysis": TORCH, "docs": TORCH, "benchmarks": ()}.get(room, TORCH + FRAMES)
         for node, package in imports(ast.parse(path.read_text())):
             assert package not in forbidden, f"{name(path)}:{node.lineno} imports {package}"
 
@@ -227,6 +227,20 @@ def test_every_artifact_and_scale_of_the_pages_plans(tmp_path: Path) -> None:
         sweep = plan(["table5"], file) if "extends" in yaml.safe_load(text) else plan([file], "paper")
         assert sweep.unique >= 6
     assert (ROOT / "examples/mask_ratio.yaml").read_text() in shown
+
+
+def test_readme_tells_the_scales() -> None:
+    rows = {
+        row[0].strip("`"): row
+        for row in table(ROOT / "README.md", "scale | pictures | network | 300 epochs become | for")
+    }
+    assert set(rows) == set(scales())
+    for key, (_, pictures, network, epochs, _) in rows.items():
+        scale = load_scale(key)
+        assert pictures.startswith(f"{scale.pictures:,} ")
+        assert pictures.endswith(f", {scale.data['image_size']} px")
+        assert network in scale.title
+        assert int(epochs) == scale_epochs(300, scale.epochs.pretrain)
 
 
 def test_the_first_ablation_has_ten_lines_and_shares_with_the_paper() -> None:

@@ -58,7 +58,9 @@ def student() -> dict[str, Tensor]:
 @pytest.mark.parametrize("which", ["student", "teacher"])
 def test_timm_loads_an_export_strictly_and_computes_the_same(which: str, tmp_path: Path) -> None:
     store = tmp_path / "store"
-    config = tiny("pretrain", model=TINY_VIT, optim={"epochs": 1, "batch_size": 32, "warmup_epochs": 0, "base_lr": 0.01})
+    config = tiny(
+        "pretrain", model=TINY_VIT, optim={"epochs": 1, "batch_size": 32, "warmup_epochs": 0, "base_lr": 0.01}
+    )
     identity = execute(config, Store(store))["id"]
     out = tmp_path / "encoder.safetensors"
     called = call("weights", "export", identity[:14], "--weights", which, "--out", out, "--store", store, "--json")
@@ -79,7 +81,9 @@ def test_timm_loads_an_export_strictly_and_computes_the_same(which: str, tmp_pat
 def test_an_export_goes_round_through_file(pretrained: tuple[Store, str], tmp_path: Path) -> None:
     store, identity = pretrained
     out = tmp_path / "teacher.safetensors"
-    called = call("weights", "export", identity, "--weights", "teacher", "--epoch", 2, "--out", out, "--store", store.root)
+    called = call(
+        "weights", "export", identity, "--weights", "teacher", "--epoch", 2, "--out", out, "--store", store.root
+    )
     assert called.code == 0
     init = Init(weights=f"file:{out}")
     loaded = load_init(init, store, tiny("pretrain").model, 32)
@@ -102,7 +106,9 @@ def test_exports_that_cannot_be(pretrained: tuple[Store, str], tmp_path: Path) -
 # In from runs
 
 
-@pytest.mark.parametrize(("which", "epoch", "file"), [("student", "last", 3), ("teacher", "last", 3), ("teacher", 1, 1)])
+@pytest.mark.parametrize(
+    ("which", "epoch", "file"), [("student", "last", 3), ("teacher", "last", 3), ("teacher", 1, 1)]
+)
 def test_a_run_s_encoder_is_where_fine_tuning_starts(
     which: str, epoch: Any, file: int, pretrained: tuple[Store, str]
 ) -> None:
@@ -156,7 +162,7 @@ def test_a_torn_checkpoint_is_told_by_its_checksum(pretrained: tuple[Store, str]
     config = tiny("finetune", init={"run": pretrained[1], "weights": "student"})
     for torn in (content[: len(content) // 2], b"", content[:-4] + b"\1\2\3\4"):
         file.write_bytes(torn)
-        with pytest.raises(UserError, match="student-epoch-00003.safetensors: torn or changed"):
+        with pytest.raises(UserError, match=r"student-epoch-00003\.safetensors: torn or changed"):
             execute(config, Store(root))
     file.unlink()
     with pytest.raises(UserError, match="no such checkpoint"):
@@ -195,12 +201,15 @@ def test_a_file_s_content_is_its_identity(tmp_path: Path) -> None:
     )
     assert a == b != c
     save_file(encoder(model, seed=2), files[0])
-    assert execute(tiny("finetune", init={"weights": f"file:{files[0]}"}, optim={"epochs": 1}), store)["id"] not in (a, c)
+    assert execute(tiny("finetune", init={"weights": f"file:{files[0]}"}, optim={"epochs": 1}), store)["id"] not in (
+        a,
+        c,
+    )
     config = store.run(a).config()
     assert config is not None
     with pytest.raises(UserError, match=r"init.digest: .* is asked for"):
         execute(config, store.__class__(tmp_path / "elsewhere"))
-    with pytest.raises(UserError, match="none.pth: cannot be read: No such file"):
+    with pytest.raises(UserError, match=r"none\.pth: cannot be read: No such file"):
         execute(tiny("finetune", init={"weights": f"file:{tmp_path}/none.pth"}), store)
 
 
@@ -263,7 +272,9 @@ def test_every_odd_key_is_named(student: dict[str, Tensor], tmp_path: Path) -> N
         called, "missing keys: blocks.0.attn.qkv.bias, norm.weight; extra keys: blocks.1.gamma_1, relative_bias"
     )
     assert not out.exists()
-    with pytest.raises(UserError, match="missing keys: blocks.0.attn.qkv.bias, norm.weight; extra keys: blocks.1.gamma"):
+    with pytest.raises(
+        UserError, match=r"missing keys: blocks\.0.attn.qkv.bias, norm.weight; extra keys: blocks.1.gamma"
+    ):
         load_init(Init(weights=f"file:{source}"), Store(tmp_path), tiny("pretrain").model, 32)
 
 
@@ -280,13 +291,23 @@ class Payload:
 def test_code_in_a_checkpoint_is_not_run(student: dict[str, Tensor], tmp_path: Path) -> None:
     touched, out = tmp_path / "touched", tmp_path / "out.safetensors"
     source = save_release(tmp_path / "evil.pth", {"model": student, "args": Payload(touched)})
-    assert_refused(call("weights", "import", source, "--from", "mae", "--out", out), "evil.pth", "not a whole checkpoint")
+    assert_refused(
+        call("weights", "import", source, "--from", "mae", "--out", out), "evil.pth", "not a whole checkpoint"
+    )
     source.write_bytes(pickle.dumps({"model": Payload(touched)}))
     assert_refused(call("weights", "import", source, "--from", "mae", "--out", out), "evil.pth")
     source = save_release(tmp_path / "module.pth", nn.Linear(2, 2))
     assert_refused(call("weights", "import", source, "--from", "mae", "--out", out), "module.pth")
     assert not touched.exists()
     assert not out.exists()
+
+
+def fault_of(file: Path) -> str | None:
+    try:
+        read_any(file)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def test_any_garbage_is_one_line(student: dict[str, Tensor], tmp_path: Path) -> None:
@@ -301,13 +322,12 @@ def test_any_garbage_is_one_line(student: dict[str, Tensor], tmp_path: Path) -> 
             for place in draw.integers(0, min(len(torn), 2000), 5):
                 torn[place] = draw.integers(256)
             file.write_bytes(torn)
-            try:
-                read_any(file)
-            except UserError as error:
-                assert "\n" not in str(error)
-                assert "garbage.pth" in str(error)
+            fault = fault_of(file)
+            assert fault is None or ("garbage.pth" in fault and "\n" not in fault)
     for odd in ([1], {"model": 3}, {"model": {}}, {"model": {0: torch.zeros(1)}}, {"model": {"cls_token": [1]}}):
-        called = call("weights", "import", save_release(file, odd), "--from", "mae", "--out", tmp_path / "o.safetensors")
+        called = call(
+            "weights", "import", save_release(file, odd), "--from", "mae", "--out", tmp_path / "o.safetensors"
+        )
         assert_refused(called, "garbage.pth")
     flat = {"model": student | {"patch_embed.proj.weight": torch.zeros(24, 192)}}
     called = call("weights", "import", save_release(file, flat), "--from", "mae", "--out", tmp_path / "o.safetensors")

@@ -20,6 +20,7 @@ from torchvision.transforms.v2 import functional as F
 from sdae.config import Data
 from sdae.data import builtin
 from sdae.data.fingerprint import KNOWN, Listing, folder_of, listing, pictures_of
+from sdae.data.randomness import permutation
 from sdae.errors import BrokenInput, UserError
 
 try:  # twice as fast as Pillow, deprecated since torchvision 0.29
@@ -130,6 +131,19 @@ def _builtin(split: str, n: int, size: int, classes: int) -> Resident:
     pictures = builtin.render(range(n), split, size, classes, instances=False)
     images, labels = torch.from_numpy(pictures.images), torch.from_numpy(pictures.labels)
     return Resident(images, labels, list(builtin.class_names(classes)), lambda i: f"builtin/{split}/{i}")
+
+
+def subset(dataset: Dataset, n: int) -> Dataset:
+    """At most `n` pictures, always the same ones, drawn from all classes alike (files lie class by class)."""
+    if n >= len(dataset):
+        return dataset
+    chosen = np.sort(permutation(0, 0, len(dataset))[:n])
+    labels = dataset.labels[torch.from_numpy(chosen)]
+    if isinstance(dataset, Files):
+        return Files(Path(dataset.root), [os.fsdecode(p) for p in dataset.paths[chosen]], labels, dataset.classes)
+    assert isinstance(dataset, Resident)
+    images = dataset.images[torch.from_numpy(chosen)]
+    return Resident(images, labels, dataset.classes, lambda i: dataset.path_of(int(chosen[i])))
 
 
 def _files(data: Data, split: str, found: Listing) -> Files:

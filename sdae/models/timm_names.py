@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from functools import cache
 from typing import Any
@@ -21,7 +22,8 @@ def lookup(arch: str) -> dict[str, Any]:
 
     names = [name for name in timm.list_models(f"{arch}*") if re.fullmatch(re.escape(arch) + r"(_\d+)?", name)]
     if not names:
-        near = ", ".join(sorted({re.sub(r"_\d+$", "", n) for n in timm.list_models("vit_*patch*")})[:6])
+        known = sorted({re.sub(r"_\d+$", "", n) for n in timm.list_models("vit_*patch*")})
+        near = ", ".join(difflib.get_close_matches(arch, known, 6, cutoff=0.0))
         raise UserError(
             f"model.arch: {arch!r} is unknown (allowed: timm's plain ViTs without the size suffix, e.g. {near})"
         )

@@ -46,7 +46,7 @@ def run(config: Finetune | Linprobe, session: Session) -> dict[str, Any]:
     return {
         "metrics": {**scores, "loss": rows[-1]["loss"], "epochs": config.optim.epochs},
         "weights": weights,
-        "skipped": skipped,
+        "skipped": session.world.union(skipped),
     }
 
 
@@ -115,7 +115,9 @@ class ClassifyTask:
         if optim.name == "lars":
             self.optimizer: torch.optim.Optimizer = lars(self.module, optim.base_lr, optim.weight_decay)
         else:
-            groups = parameter_groups(classifier, optim.weight_decay, optim.layer_decay, config.model.depth or 0)
+            groups = parameter_groups(
+                classifier, optim.weight_decay, optim.layer_decay, config.model.depth or 0, ("cls_token", "pos_embed")
+            )
             self.optimizer = torch.optim.AdamW(groups, lr=optim.base_lr, betas=optim.betas, fused=True)
         if optim.weight_ema:
             for name, parameter in list(classifier.named_parameters()):

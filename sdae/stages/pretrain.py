@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 
 from sdae.config import Pretrain
 from sdae.data import Batch, open_dataset
+from sdae.data.datasets import subset
 from sdae.methods.mae import MAE
 from sdae.methods.sdae import Output, SdAE
 from sdae.models.encoder import Encoder, patchify
@@ -38,7 +40,7 @@ def run(config: Pretrain, session: Session) -> dict[str, Any]:
     return {
         "metrics": metrics | {"epochs": config.optim.epochs},
         "weights": weights,
-        "skipped": list(train.skipped.values()),
+        "skipped": session.world.union(train.skipped.values()),
     }
 
 
@@ -141,24 +143,22 @@ class PretrainTask:
 
 @torch.no_grad()
 def knn_top1(encoder: Encoder, config: Pretrain, session: Session) -> float:
-    """Weighted kNN on mean patch features of unaugmented pictures (Wu et al. 2018): top-1 in percent."""
+    """Weighted kNN on mean patch features of unaugmented pictures (Wu et al. 2018): top-1 in percent.
+
+    Each rank does all of it: the bank must be the whole one, and it is small.
+    """
+    alone = replace(session, world=replace(session.world, rank=0, size=1))
     banks = []
     for split in ("train", "val"):
-        dataset = open_dataset(config.data, split)  # type: ignore[arg-type]
-        pictures = loader(session, config, dataset, config.seed, 256, train=False)
-        features, labels, count = [], [], 0
-        for batch in pictures.epoch(0):
+        dataset = subset(open_dataset(config.data, split), config.probe.pictures)  # type: ignore[arg-type]
+        features, labels = [], []
+        for batch in loader(alone, config, dataset, config.seed, 256, train=False).epoch(0):
             tokens = encoder.encode(encoder.embed(patchify(batch.images, encoder.patch)))
             features.append(F.normalize(tokens[:, 1:].mean(1).float(), dim=1))
             labels.append(batch.labels)
-            count += len(batch.labels)
-            if count * session.world.size >= config.probe.pictures:
-                break
         banks.append((torch.cat(features), torch.cat(labels)))
     (bank, bank_labels), (queries, answers) = banks
     similarity, neighbours = (queries @ bank.T).topk(min(config.probe.k, len(bank)), dim=1)
     votes = torch.zeros(len(queries), int(bank_labels.max()) + 1, device=bank.device)
     votes.scatter_add_(1, bank_labels[neighbours], (similarity / config.probe.temperature).exp())
-    counts = torch.tensor([(votes.argmax(1) == answers).sum(), len(answers)], dtype=torch.float64, device=bank.device)
-    counts = session.world.sum(counts)
-    return round(100 * float(counts[0] / counts[1]), 4)
+    return round(100 * float((votes.argmax(1) == answers).double().mean()), 4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,21 @@ class World:
         value = torch.tensor(float(flag), device=self.device)
         dist.all_reduce(value, dist.ReduceOp.MAX)
         return bool(value)
+
+    def least(self, value: Tensor) -> Tensor:
+        """The smallest value over ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(value, dist.ReduceOp.MIN)
+        return value
+
+    def union(self, names: Iterable[str]) -> list[str]:
+        """The names that some rank has, sorted."""
+        found: list[list[str]] = [list(names)]
+        if self.size > 1:
+            everywhere: list[list[str]] = [[] for _ in range(self.size)]
+            dist.all_gather_object(everywhere, found[0])
+            found = everywhere
+        return sorted({name for part in found for name in part})
 
     def wait(self) -> None:
         if self.size > 1:

@@ -5,11 +5,11 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import FrameType
 from typing import Any, Protocol
 
@@ -67,7 +67,7 @@ def fit(
     step = resume(task, run, world, sums)
     model = compiled(task.module, config, world)
     meter = telemetry.Meter(device, task.gflop_per_image, telemetry.peak_flops(device.type, config.precision))
-    saved = time.monotonic()
+    guard, saved = LossGuard(world), time.monotonic()
     board = telemetry.Board(run, efficiency.tensorboard and world.first)
     telemetry.reset_peak_memory(device)
     task.module.train()
@@ -93,8 +93,9 @@ def fit(
                 loss += output[0].detach() * share
             if optim.clip is not None:
                 nn.utils.clip_grad_norm_(task.module.parameters(), optim.clip)
-            if device.type == "cpu":
-                refuse_non_finite(loss, task, config, run, batch, step, world)
+            guard.note(loss, step)
+            if device.type == "cpu":  # costs nothing here, and the weights stay as they were
+                guard.check(task, config, run, loader)
             task.optimizer.step()
             task.after_step(step, epoch)
             step += 1
@@ -103,7 +104,7 @@ def fit(
 
             ends_epoch = step % per_epoch == 0
             if step % efficiency.log_every == 0 or ends_epoch:
-                refuse_non_finite(sums[0], task, config, run, batch, step - 1, world)
+                guard.check(task, config, run, loader)
                 row: dict[str, Any] = {
                     "step": step,
                     "epoch": round(step / per_epoch, 4),
@@ -127,6 +128,7 @@ def fit(
                 world.any(time.monotonic() - saved > 60 * efficiency.checkpoint_minutes) if step % 10 == 0 else False
             )
             if (halt or overdue) and step < steps:
+                guard.check(task, config, run, loader)
                 save(task, run, step, sums, world)
                 saved = time.monotonic()
             if halt and step < steps:
@@ -191,20 +193,33 @@ def mean_loss(sums: Tensor, world: World) -> float:
     return float(total[0] / sums[1])
 
 
-def refuse_non_finite(
-    loss: Tensor, task: Task, config: Trained, run: RunFolder, batch: Batch, step: int, world: World
-) -> None:
-    """A loss that is not finite ends the run: the step, the batch's ids and the state of that moment are kept."""
-    if not world.any(not math.isfinite(float(loss))):
-        return
-    if world.first:
-        state = run.checkpoints / f"nonfinite-{step:08d}.safetensors"
-        checkpoints.save_weights(state, task_state(task), {"id": run.id, "step": step})
-    ids = ", ".join(str(int(i)) for i in batch.indices[:16])
-    raise RunFailed(
-        f"non-finite loss at step {step} ({config.stage} {run_id(config)}); the batch's pictures: {ids}"
-        f"{', ..' if len(batch.indices) > 16 else ''}; state kept in checkpoints/nonfinite-{step:08d}.safetensors"
-    )
+class LossGuard:
+    """Remembers the first step whose loss was not finite, on the device; asking costs a wait for the device."""
+
+    NEVER = 2**62
+
+    def __init__(self, world: World):
+        self.world = world
+        self.step = torch.full((), self.NEVER, dtype=torch.int64, device=world.device)
+
+    def note(self, loss: Tensor, step: int) -> None:
+        self.step = torch.where(loss.isfinite(), self.step, self.step.clamp_max(step))
+
+    def check(self, task: Task, config: Trained, run: RunFolder, loader: Loader) -> None:
+        """Ends the run where a loss was not finite on some rank: step, the batch's pictures and the state are kept."""
+        step = int(self.world.least(self.step))
+        if step == self.NEVER:
+            return
+        name = f"nonfinite-{step:08d}.safetensors"
+        if self.world.first:
+            checkpoints.save_weights(run.checkpoints / name, task_state(task), {"id": run.id, "step": step})
+        epoch, within = divmod(step, loader.steps_per_epoch)
+        pictures = next(replace(loader.order, rank=0, world=1).parts(epoch, within)).tolist()
+        listed = ", ".join(map(str, pictures[:16])) + (", .." if len(pictures) > 16 else "")
+        raise RunFailed(
+            f"non-finite loss at step {step} ({config.stage} {run_id(config)}); the batch's pictures: {listed}; "
+            f"state kept in checkpoints/{name}"
+        )
 
 
 def compiled(module: nn.Module, config: Trained, world: World) -> nn.Module:

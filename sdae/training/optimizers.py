@@ -19,19 +19,23 @@ def adamw(
 
 
 def parameter_groups(
-    model: nn.Module, weight_decay: float, layer_decay: float | None = None, depth: int = 0
+    model: nn.Module,
+    weight_decay: float,
+    layer_decay: float | None = None,
+    depth: int = 0,
+    undecayed: Sequence[str] = (),
 ) -> list[dict[str, object]]:
     """Groups by weight decay and, in fine-tuning, by layer.
 
     Layer i's learning rate is scaled by layer_decay^(depth + 1 - i): patch, cls and position are layer 0, block b is
-    layer b + 1, what comes behind the blocks layer depth + 1. With layer decay, cls and position do not decay either.
+    layer b + 1, what comes behind the blocks layer depth + 1. `undecayed`: parameters without weight decay beside the
+    one-dimensional ones.
     """
     groups: dict[tuple[float, float], dict[str, object]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        tuned = layer_decay is not None
-        plain = parameter.dim() <= 1 or (tuned and name in ("cls_token", "pos_embed"))
+        plain = parameter.dim() <= 1 or name in undecayed
         decay = 0.0 if plain else weight_decay
         scale = layer_decay ** (depth + 1 - layer_of(name, depth)) if layer_decay is not None else 1.0
         group = groups.setdefault((decay, scale), {"params": [], "weight_decay": decay, "lr_scale": scale})

@@ -1,0 +1,101 @@
+"""Writes docs/results.md and its pictures from the committed results.
+
+    python docs/make_results.py               # from results/*/runs
+    python docs/make_results.py --add mini runs  # first copies the finished runs of a store to results/mini/runs
+
+A folder results/NAME holds `about.yaml` (title, scale, artifacts, what was found) and `runs/ID/result.json`, nothing else
+of a run: the numbers, their configs and commits, no weights and no logs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+
+from ablations.planner import plan
+from analysis.figures import PANELS, draw
+from analysis.frame import collect
+from analysis.render import render
+from analysis.table import build
+from sdae.store import Store
+from sdae.yamls import read_yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "results.md"
+PICTURES = ROOT / "docs" / "figures"
+INTRO = """# Results
+
+Written by `python docs/make_results.py` from the runs under `results/`; no number here was typed by hand but those in the
+paragraphs "What was found", which quote the tables above them. None of these runs is at the paper's scale, so none of them
+confirms or refutes the paper: the paper's values stand beside them to show what the suite regenerates.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--add", nargs=2, metavar=("NAME", "STORE"))
+    options = parser.parse_args()
+    if options.add:
+        add(ROOT / "results" / options.add[0], Store(options.add[1]))
+    PAGE.write_text(page())
+
+
+def add(folder: Path, store: Store) -> None:
+    """Copies result.json of the finished runs that the folder's artifacts ask for."""
+    about = read_yaml(folder / "about.yaml")
+    wanted = plan(about["artifacts"], scale_of(folder, about), about["seeds"]).runs
+    for identity in wanted:
+        if store.run(identity).done:
+            target = folder / "runs" / identity
+            target.mkdir(parents=True, exist_ok=True)
+            shutil.copy(store.run(identity).path / "result.json", target)
+
+
+def page() -> str:
+    """The whole page; draws the pictures on the way."""
+    parts = [INTRO]
+    for file in sorted((ROOT / "results").glob("*/about.yaml")):
+        parts.append(section(file.parent, read_yaml(file)))
+    return "\n".join(parts)
+
+
+def section(folder: Path, about: dict[str, object]) -> str:
+    store = Store(folder / "runs")
+    scale = scale_of(folder, about)
+    frame = collect(store)
+    done = frame[frame["state"] == "done"]
+    commits = ", ".join(f"`{c[:10]}`" for c in sorted(set(done["commit"].dropna())))
+    hours = done["seconds"].sum() / 3600
+    artifacts = [str(name) for name in about["artifacts"]]  # type: ignore[attr-defined]
+    out = [
+        f"## {about['title']}", "", str(about["setting"]).strip(), "",
+        f"{len(done)} runs, {hours:.1f} hours of one worker, at {commits}.", "",
+    ]  # fmt: skip
+    seeds = [int(s) for s in about["seeds"]]  # type: ignore[attr-defined]
+    if set(PANELS) <= set(artifacts):
+        out += [picture(store, "4", scale, seeds, folder.name)]
+    for name in artifacts:
+        if name.startswith("figure") and not set(PANELS) <= set(artifacts):
+            out += [picture(store, name, scale, seeds, folder.name)]
+        out += [render(build(store, name, scale, seeds), "md").strip(), ""]
+    return "\n".join([*out, "### What was found", "", str(about["found"]).strip(), ""])
+
+
+def picture(store: Store, name: str, scale: str | Path, seeds: list[int], folder: str) -> str:
+    PICTURES.mkdir(exist_ok=True)
+    for path in draw(store, name, scale, PICTURES, seeds):
+        if path.suffix == ".png":
+            target = path.replace(path.with_name(f"{folder}-{path.name}"))
+        else:
+            path.unlink()
+    label = f"Figure {name.removeprefix('figure')}"
+    return f"![{label} regenerated at the scale {folder}](figures/{target.name})\n"
+
+
+def scale_of(folder: Path, about: dict[str, object]) -> str | Path:
+    return folder / "scale.yaml" if (folder / "scale.yaml").exists() else str(about["scale"])
+
+
+if __name__ == "__main__":
+    main()
