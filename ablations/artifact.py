@@ -26,9 +26,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ablations.scale import HERE, PAPER_TOKENS, Scale, load_scale, recipes, scale_epochs
-from sdae.config import explain
 from sdae.errors import UserError
-from sdae.yamls import read_yaml
+from sdae.yamls import explain, read_yaml
 
 Scalar = str | int | float | bool | None
 

@@ -22,8 +22,9 @@ from ablations.scale import (
     scale_tokens,
     tidy,
 )
-from sdae.config import Config, Data, Model, count_masked, merge, parse, run_id
+from sdae.config import Config, Data, Model, count_masked, parse, run_id
 from sdae.errors import UserError
+from sdae.yamls import merge
 
 __all__ = ["Artifact", "Cell", "Column", "PlannedRun", "Row", "Sweep", "available", "load_artifact", "plan"]
 

@@ -15,9 +15,9 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from sdae.config import Data, Efficiency, Model, Probe, count_masked, explain, merge, parse
+from sdae.config import Data, Efficiency, Model, Probe, count_masked, parse
 from sdae.errors import UserError
-from sdae.yamls import read_yaml
+from sdae.yamls import explain, merge, read_yaml
 
 HERE = Path(__file__).parent
 PAPER_TOKENS = 196  # 224 px, patch 16

@@ -69,7 +69,7 @@ COLUMNS: dict[str, tuple[pa.DataType, str]] = {
     "precision": (TEXT, "bf16 or fp32"),
     "top1": (NUMBER, "percent"),
     "top5": (NUMBER, "percent"),
-    "loss": (NUMBER, "last epoch's training loss (pretrain), validation loss (finetune, linprobe)"),
+    "loss": (NUMBER, "training loss of the last row"),
     "knn_top1": (NUMBER, "percent, online probe of a pre-training"),
     "time": (NUMBER, "cost: seconds per epoch"),
     "time_sd": (NUMBER, "its standard deviation over the repeats of this one run"),

@@ -118,7 +118,7 @@ class Table:
         parts.append(f"{self.runs} run{'' if self.runs == 1 else 's'}")
         if self.synthetic:
             parts.insert(0, "SYNTHETIC RESULTS, made up to test this table")
-        return ". ".join(part.rstrip(".") for part in parts) + "."
+        return " ".join(part if part.endswith((".", "?", "!")) else f"{part}." for part in parts)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form; `rows[].cells[COLUMN]` is the same for tables and figures."""

@@ -1,10 +1,10 @@
 """Images per second of one pre-training step, per teacher view, and its overhead over MAE.
 
-    python benchmarks/pretrain_step.py                     # 32 px, patch 4, width 192, depth 6, decoder 2 x 128, batch 128
+    python benchmarks/pretrain_step.py                     # 32 px, patch 4, width 192, depth 6, decoder 2 x 128
     python benchmarks/pretrain_step.py --size vit_small    # ViT-S/16 at 224 px
     python benchmarks/pretrain_step.py --linear            # the CPU's fast linear layers against nn.Linear
 
-All variants take turns in one process, repeat by repeat; medians and spreads are over the repeats, the first is left out.
+All variants take turns in one process, repeat by repeat; medians and spreads are over the repeats, after a warm-up.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from sdae import provenance
-from sdae.config import CostRun, merge, parse
+from sdae.config import CostRun, parse
 from sdae.models.flops import per_image
 from sdae.models.linear import plain
 from sdae.stages.cost import Bench, measured
@@ -29,6 +29,7 @@ from sdae.store import Store
 from sdae.training.distributed import World
 from sdae.training.loop import Stop
 from sdae.training.telemetry import Pulse, peak_flops
+from sdae.yamls import merge
 
 MICRO = {
     "data": {"image_size": 32}, "cost": {"batch_size": 128, "steps": 1},
@@ -108,7 +109,9 @@ def row(
 
 
 def report(rows: list[dict[str, Any]], options: argparse.Namespace, device: torch.device) -> None:
-    print(f"{options.size}, {options.precision}, {device}, {torch.get_num_threads()} threads, {options.repeats} repeats")
+    print(
+        f"{options.size}, {options.precision}, {device}, {torch.get_num_threads()} threads, {options.repeats} repeats"
+    )
     print(f"{'view':8} {'linear':10} {'images/s':>10} {'low':>9} {'high':>9} {'over MAE':>9} {'memory':>10} {'MFU':>6}")
     for r in rows:
         over = "" if r["overhead_percent"] is None else f"{r['overhead_percent']:+.1f} %"

@@ -108,7 +108,11 @@ def _run(
     planned, folder = make(artifacts or (), scale, parse_seeds(seeds), data_path=data), Store(store)
     if retry:
         planned = failed_part(planned, folder)
-        note(f"to run again, with what waits for them: {', '.join(planned.runs) or 'nothing has failed'}")
+        note(
+            f"to run again, with what waits for them: {', '.join(planned.runs)}"
+            if planned.runs
+            else "nothing has failed"
+        )
     summary = run_here(planned, folder, jobs, retry)
     if json:
         states = [{"id": i, "state": s, "message": summary.messages.get(i)} for i, s in summary.states.items()]

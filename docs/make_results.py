@@ -3,8 +3,8 @@
     python docs/make_results.py               # from results/*/runs
     python docs/make_results.py --add mini runs  # first copies the finished runs of a store to results/mini/runs
 
-A folder results/NAME holds `about.yaml` (title, scale, artifacts, what was found) and `runs/ID/result.json`, nothing else
-of a run: the numbers, their configs and commits, no weights and no logs.
+A folder results/NAME holds `about.yaml` (title, scale, artifacts, what was found) and `runs/ID/result.json`, nothing
+else of a run: the numbers, their configs and commits, no weights and no logs.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ PAGE = ROOT / "docs" / "results.md"
 PICTURES = ROOT / "docs" / "figures"
 INTRO = """# Results
 
-Written by `python docs/make_results.py` from the runs under `results/`; no number here was typed by hand but those in the
-paragraphs "What was found", which quote the tables above them. None of these runs is at the paper's scale, so none of them
-confirms or refutes the paper: the paper's values stand beside them to show what the suite regenerates.
+Written by `python docs/make_results.py` from the runs under `results/`; no number here was typed by hand but those in
+the paragraphs "What was found", which quote the tables above them. None of these runs is at the paper's scale, so none
+of them confirms or refutes the paper: its values stand beside them to show what the suite regenerates.
 """
 
 

@@ -13,11 +13,10 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from sdae.errors import UserError
-from sdae.yamls import read_yaml
+from sdae.yamls import explain, merge, override, read_yaml
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
@@ -450,67 +449,9 @@ def _defaults(stage: str) -> dict[str, Any]:
     return defaults
 
 
-def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`over` upon `base`, mapping by mapping; everything that is not a mapping is replaced.
-
-    `init` is replaced as a whole, since its keys belong together.
-    """
-    out = dict(base)
-    for key, value in over.items():
-        if isinstance(value, dict) and isinstance(out.get(key), dict) and key != "init":
-            out[key] = merge(out[key], value)
-        else:
-            out[key] = value
-    return out
-
-
-def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first thing that is wrong, as one line: key, value, what is allowed."""
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("function-", "constrained-")))
-    value = first.get("input")
-    if first["type"] == "extra_forbidden":
-        owner: Any = model
-        for part in first["loc"][:-1]:
-            field = owner.model_fields.get(str(part)) if hasattr(owner, "model_fields") else None
-            owner = next((t for t in _models(field.annotation)), None) if field else None
-        allowed = ", ".join(owner.model_fields) if owner else "see docs/config.md"
-        return f"{key}: unknown key (allowed: {allowed})"
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "value_error":
-        if not key or re.match(r"\w+\.[\w.]+: ", message):
-            return message  # names its key itself
-        return f"{key}.{message}" if re.match(r"\w+: ", message) else f"{key}: {message}"
-    return f"{key}: {value!r}: {message[0].lower()}{message[1:]}"
-
-
-def _models(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [m for arg in getattr(annotation, "__args__", ()) for m in _models(arg)]
-
-
 def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     """A config file with `key=value` overrides upon it."""
     return parse(override(read_yaml(path) or {}, overrides or []), str(path))
-
-
-def override(values: Any, overrides: list[str]) -> Any:
-    """`optim.epochs=3` and its like; values are YAML."""
-    for text in overrides:
-        key, sign, value = text.partition("=")
-        if not sign or not key:
-            raise UserError(f"-s {text}: expected key=value, e.g. optim.epochs=3")
-        try:
-            nested: Any = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise UserError(f"-s {text}: {value!r} is not a YAML value") from None
-        for part in reversed(key.split(".")):
-            nested = {part: nested}
-        if not isinstance(values, dict):
-            raise UserError("config: expected a mapping of keys")
-        values = merge(values, nested)
-    return values
 
 
 def science(config: Config) -> dict[str, Any]:

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from sdae.config import Config, merge, parse
+from sdae.config import Config, parse
 from sdae.data.fingerprint import resolve
+from sdae.yamls import merge
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 DECODER = {"decoder_depth": 1, "decoder_dim": 16, "decoder_heads": 2}

@@ -16,7 +16,7 @@ from sdae.errors import Interrupted, RunFailed, UserError
 from sdae.store import Store
 
 
-class AlreadyRunning(UserError):  # noqa: N818 - the executor knows it by this name
+class AlreadyRunning(UserError):
     pass
 
 

@@ -14,9 +14,9 @@ from calling import assert_refused, call, spawn
 from conftest import DECODER, TINY, tiny
 from PIL import Image
 
-from sdae.config import merge
 from sdae.run import execute
 from sdae.store import Store
+from sdae.yamls import merge
 
 
 def write(path: Path, **changes: Any) -> Path:

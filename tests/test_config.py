@@ -11,8 +11,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdae.config import STAGES, Config, Pretrain, count_masked, dump, load, merge, override, parse, run_id, science
+from sdae.config import STAGES, Config, Pretrain, count_masked, dump, load, parse, run_id, science
 from sdae.errors import UserError
+from sdae.yamls import merge, override
 
 FROZEN = Path(__file__).parent / "ids.json"
 PARENT = {"run": "pretrain-0123456789abcdef", "weights": "teacher"}

@@ -54,7 +54,7 @@ def test_boxes_lie_in_the_picture(height: int, width: int, low: float, share: fl
     scale = (low, low + (1 - low) * share)
     box = crop.boxes(seed, 0, np.arange(50), height, width, scale)
     top, left, h, w = box.T
-    assert (top >= 0).all() and (left >= 0).all() and (h > 0).all() and (w > 0).all()  # noqa: PT018
+    assert (top >= 0).all() and (left >= 0).all() and (h > 0).all() and (w > 0).all()
     assert (top + h <= height).all()
     assert (left + w <= width).all()
 

@@ -21,10 +21,7 @@ def test_splitmix64_is_the_published_one() -> None:
 
 @pytest.mark.parametrize(
     ("split", "size", "classes", "expected"),
-    [
-        ("train", 32, 10, "0669d3107c8dd7a7"),
-        ("val", 48, 20, "76ec66bec21ddb74"),
-    ],
+    [("train", 32, 10, "0669d3107c8dd7a7"), ("val", 48, 20, "76ec66bec21ddb74")],
 )
 def test_bytes_never_change(split: str, size: int, classes: int, expected: str) -> None:
     pictures = builtin.render(range(100), split, size, classes)
@@ -56,7 +53,7 @@ def test_instances_are_disjoint_boxed_and_end_with_the_picture_s_class() -> None
             outside[y0:y1, x0:x1] = False
             assert mask.any()
             assert not outside.any()
-            assert mask[y0, x0:x1].any() and mask[y1 - 1, x0:x1].any() and mask[y0:y1, x0].any()  # noqa: PT018
+            assert mask[y0, x0:x1].any() and mask[y1 - 1, x0:x1].any() and mask[y0:y1, x0].any()
 
 
 def test_every_shape_and_texture_differs() -> None:

@@ -16,8 +16,10 @@ import yaml
 from conftest import tiny
 
 from sdae.config import Config, dump, run_id
+from sdae.errors import Interrupted
 from sdae.run import execute
 from sdae.store import Store
+from sdae.training import telemetry
 from sdae.training.checkpoints import load_weights, states
 
 SCIENCE = ("step", "epoch", "loss", "lr", "momentum", "target_std", "target_rank", "teacher_distance", "top1", "top5")
@@ -102,13 +104,10 @@ def test_torn_state_is_passed_over(tmp_path: Path) -> None:
         if len(states(folder.checkpoints)) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    from sdae.errors import Interrupted
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
-        from sdae.training import telemetry
-
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(telemetry.Pulse, "tell", lambda self, **status: cut_off(status))
-        execute(config, torn)
+        with pytest.raises(Interrupted):
+            execute(config, torn)
     newest = states(folder.checkpoints)[0]
     newest.write_bytes(newest.read_bytes()[:1000])
     execute(config, torn)

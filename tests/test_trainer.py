@@ -18,7 +18,7 @@ from PIL import Image
 from test_resume import science
 from torch import Tensor, nn
 
-from sdae.config import Config, Data, Head, Model, merge, run_id
+from sdae.config import Config, Data, Head, Model, run_id
 from sdae.data import Loader, open_dataset
 from sdae.data.datasets import subset
 from sdae.errors import Interrupted, RunFailed
@@ -31,6 +31,7 @@ from sdae.store import RunFolder, Store
 from sdae.training.checkpoints import load_weights, states
 from sdae.training.loop import Stop
 from sdae.training.optimizers import lars, layer_of, learning_rate, parameter_groups
+from sdae.yamls import merge
 
 MIXING = {"mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1, "erasing": 0.25, "randaugment": "rand-m9-mstd0.5-inc1"}
 STEPS = 24  # of a tiny run: 64 pictures, 8 a batch, 3 epochs
@@ -80,7 +81,7 @@ def test_a_run_takes_the_learning_rate_of_its_place(tmp_path: Path) -> None:
 
 def test_layer_decay_is_that_of_facts_md() -> None:
     network = Classifier(Model(width=8, depth=12, heads=2, patch_size=8, drop_path=0.1), 16, Head(), 5)
-    groups = parameter_groups(network, 0.05, 0.65, 12)
+    groups = parameter_groups(network, 0.05, 0.65, 12, ("cls_token", "pos_embed"))
     rule = {id(p): (g["lr_scale"], g["weight_decay"]) for g in groups for p in g["params"]}  # type: ignore[attr-defined]
     assert len(rule) == len(list(network.parameters()))
     wanted = {

@@ -25,6 +25,12 @@ def checksum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
+
+
 def save_weights(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> str:
     """Writes a safetensors file by temporary name and rename; returns its sha256."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
@@ -33,6 +39,7 @@ def save_weights(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any
         save_file(flat, temporary, metadata={key: json.dumps(value) for key, value in metadata.items()})
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())  # safetensors keeps its files to their owner; a store may be shared
         digest = checksum(temporary)
         os.replace(temporary, path)
         sync_folder(path.parent)

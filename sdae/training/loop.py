@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from inspect import signature
 from types import FrameType
 from typing import Any, Protocol
 
@@ -228,7 +229,9 @@ def compiled(module: nn.Module, config: Trained, world: World) -> nn.Module:
     if config.efficiency.compile and world.device.type == "cuda":
         model = torch.compile(model)  # type: ignore[assignment]
     if world.size > 1:
-        model = DistributedDataParallel(model, broadcast_buffers=False)
+        renamed = "forward_sync_buffers" in signature(DistributedDataParallel).parameters  # torch 2.14
+        own_buffers = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+        model = DistributedDataParallel(model, **own_buffers)  # type: ignore[arg-type]
     return model
 
 
