@@ -70,22 +70,26 @@ class _Grid:
 def _grid(table: Table) -> _Grid:
     keys = table.meta_keys
     verdicts = any(cell.verdict for cell in table.cells())
-    below = ["paper", "measured", "n"] + ["verdict"] * verdicts
+    of_paper = name_of(table.artifact) != table.artifact or any(cell.paper is not None for cell in table.cells())
+    below = ["paper"] * of_paper + ["measured", "n"] + ["verdict"] * verdicts
     rows = []
     for row in table.rows:
         entries = [_Entry(row.label)] + [_Entry(_mark(row.meta.get(key, ""))) for key in keys]
         for column in table.columns:
             cell = row.cells.get(column.name)
-            entries += _entries(cell, column, verdicts) if cell else [_Entry("")] * len(below)
+            entries += _entries(cell, column, below) if cell else [_Entry("")] * len(below)
         rows.append(entries)
     return _Grid([""] + [key[:1].upper() + key[1:] for key in keys], table.columns, below, rows)
 
 
-def _entries(cell: TableCell, column: Column, verdicts: bool) -> list[_Entry]:
+def _entries(cell: TableCell, column: Column, below: list[str]) -> list[_Entry]:
     n = cell.estimate.n if cell.estimate else 0
     seeds = "" if not n else str(n) if n == cell.planned else f"{n} of {cell.planned}"
-    entries = [_Entry(paper_text(cell)), _Entry(measured_text(cell, column), cell.best), _Entry(seeds)]
-    return entries + ([_Entry(cell.verdict or "")] if verdicts else [])
+    entries = {
+        "paper": _Entry(paper_text(cell)), "measured": _Entry(measured_text(cell, column), cell.best),
+        "n": _Entry(seeds), "verdict": _Entry(cell.verdict or ""),
+    }  # fmt: skip
+    return [entries[name] for name in below]
 
 
 def paper_text(cell: TableCell) -> str:

@@ -33,7 +33,7 @@ def table_of(label: str, note: str = "", title: str = "A title", column: str = "
         "own.row.top1", 84.1, 1, False, "measured", 3, ["finetune-0"], Estimate(84.25, 3, 0.1, 2, "seeds"), None, True
     )
     columns = [Column("top1", column, "%", 1, True)]
-    rows = [TableRow("row", label, {label: label, "flag": True, "none": None}, {"top1": shown})]
+    rows = [TableRow("row", label, {f"{label} ": label, "flag": True, "none": None}, {"top1": shown})]
     return Table(
         "own",
         "table",
