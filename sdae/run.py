@@ -65,6 +65,7 @@ def execute(
         folder.create(config)
     world.wait()
     with contextlib.ExitStack() as stack:
+        stack.callback(distributed.stop)
         if world.first and not stack.enter_context(folder.claim()):
             raise AlreadyRunning(f"{folder.id}: another process is running it: {folder.claimed()}")
         if (result := folder.result()) is not None:  # finished by another between the look and the claim

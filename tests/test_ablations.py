@@ -102,7 +102,7 @@ def test_arms_stay_distinct(sweep: Sweep) -> None:
         runs = [runs for cell, runs in sweep.cells.items() if cell.startswith(artifact)]
         assert len(runs) == len({tuple(run) for run in runs})
     tokens = [config_of(sweep, f"figure4b.crop-{n}.top1")[1].method.teacher.tokens for n in (36, 49, 79, 122)]
-    assert tokens == ([36, 49, 79, 122] if sweep.scale.name == "paper" else [12, 16, 26, 40])
+    assert tokens == {196: [36, 49, 79, 122], 64: [12, 16, 26, 40], 16: [3, 4, 6, 10]}[sweep.scale.tokens]
 
 
 def test_momentum_forgets_as_much_as_in_the_paper(sweep: Sweep) -> None:

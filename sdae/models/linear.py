@@ -44,11 +44,15 @@ class _Product(torch.autograd.Function):
         return _LINEAR(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight = ctx.saved_tensors
-        of_x = _LINEAR(gradient, weight.t(), None, "none", [], "") if ctx.needs_input_grad[0] else None
         flat = gradient.flatten(0, -2)
-        return of_x, flat.t() @ x.flatten(0, -2), flat.sum(0)
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+        return (
+            _LINEAR(gradient, weight.t(), None, "none", [], "") if wants_x else None,
+            flat.t() @ x.flatten(0, -2) if wants_weight else None,
+            flat.sum(0) if wants_bias else None,
+        )
 
 
 class Linear(nn.Linear):
@@ -56,7 +60,7 @@ class Linear(nn.Linear):
         """(..., in) -> (..., out)."""
         if _LINEAR is None or not (_enabled and _is_float32_on_cpu(x)):
             return super().forward(x)
-        if torch.is_grad_enabled() and self.weight.requires_grad:
+        if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
             return _Product.apply(x, self.weight, self.bias)  # type: ignore[no-any-return]
         return _LINEAR(x, self.weight, self.bias, "none", [], "")  # type: ignore[no-any-return]
 

@@ -62,8 +62,8 @@ def start(efficiency: Efficiency) -> World:
     """This process's place, read from torchrun's variables, else from srun's, else alone. Joins the group once."""
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         rank, size, local = (int(os.environ.get(k, "0")) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    elif int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
-        rank, size, local = (int(os.environ[k]) for k in ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))
+    elif int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        rank, size, local = (int(os.environ[k]) for k in ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"))
         os.environ.setdefault("MASTER_ADDR", _first_host(os.environ["SLURM_JOB_NODELIST"]))
         os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ["SLURM_JOB_ID"]) % 20000))
     else:
