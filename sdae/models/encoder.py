@@ -15,6 +15,7 @@ from sdae.config import Model
 from sdae.models.linear import speed_up
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
+SHORT = 32  # tokens; for so few, the CPU's fused attention kernel is slower than two plain products
 
 
 def sincos_positions(width: int, side: int) -> Tensor:
@@ -51,6 +52,8 @@ def run_block(block: Block, x: Tensor, drop: Tensor | None = None, keep: slice |
     tokens or their ids (B, n), says which tokens are wanted behind the block: the others take part in the
     attention and are then let go, since the MLP does not mix tokens.
     """
+    if x.device.type == "cpu":
+        block.attn.fused_attn = x.shape[1] > SHORT
     attended = block.attn(block.norm1(x))
     x = x + (attended if drop is None else attended * drop[0, :, None, None].to(x.dtype))
     if keep is not None:
