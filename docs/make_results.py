@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import sys
 from pathlib import Path
 
 from ablations.planner import plan
@@ -44,8 +45,10 @@ def main() -> None:
 def add(folder: Path, store: Store) -> None:
     """Copies result.json of the finished runs that the folder's artifacts ask for."""
     about = read_yaml(folder / "about.yaml")
-    wanted = plan(about["artifacts"], scale_of(folder, about), about["seeds"]).runs
-    for identity in wanted:
+    sweep = plan(about["artifacts"], scale_of(folder, about), about["seeds"])
+    if sweep.provisional:
+        sys.exit("the pictures are not here, so the runs' ids are not known (set SDAE_DATA)")
+    for identity in sweep.runs:
         if store.run(identity).done:
             target = folder / "runs" / identity
             target.mkdir(parents=True, exist_ok=True)
