@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Container
+from math import fsum
 from typing import Any
 
 from ablations.planner import PlannedRun, Sweep
@@ -32,9 +35,8 @@ def calibrate(store: Store) -> Calibration:
     for identity in store.ids():
         if identity.startswith("cost-"):
             folder = store.run(identity)
-            result, config = folder.result(), folder.config()
-            speed = ((result or {}).get("metrics") or {}).get("images_per_s")
-            if config is not None and speed:
+            speed = ((folder.result() or {}).get("metrics") or {}).get("images_per_s")
+            if speed and (config := folder.config()) is not None:
                 key = _network(config)
                 speeds[key] = min(speeds.get(key, float("inf")), speed * per_image(config))
     return speeds
@@ -56,24 +58,70 @@ def gpu_hours(
     return work / (PEAK * MFU[1]), work / (PEAK * MFU[0])
 
 
+def done_runs(sweep: Sweep, store: Store) -> set[str]:
+    """The runs that are done, of a sweep and of what it needs from elsewhere; each is looked at once."""
+    needs = {need for run in sweep.runs.values() for need in run.needs}
+    return {identity for identity in needs.union(sweep.runs) if store.run(identity).done}
+
+
+def hours_left(sweep: Sweep, store: Store, done: Container[str]) -> dict[str, tuple[float, float]]:
+    """Low and high GPU-hours of each run of a sweep that is not done; what it needs from elsewhere is left out."""
+    calibration, pictures = calibrate(store), sweep.scale.pictures
+    return {i: gpu_hours(run, calibration, pictures) for i, run in sweep.runs.items() if i not in done}
+
+
 def total_gpu_hours(sweep: Sweep, store: Store) -> tuple[float, float]:
-    """Low and high GPU-hours of the runs that are not done yet."""
-    calibration = calibrate(store)
-    hours = [gpu_hours(r, calibration, sweep.scale.pictures) for r in sweep.runs.values() if not store.run(r.id).done]
-    return sum(low for low, _ in hours), sum(high for _, high in hours)
+    """Low and high GPU-hours of the runs that are not done yet, each counted once."""
+    hours = _sum([*hours_left(sweep, store, done_runs(sweep, store)).values()])
+    return hours["low"], hours["high"]
+
+
+def forecast(sweep: Sweep, store: Store) -> list[dict[str, Any]]:
+    """What each artifact still takes: one row per artifact, in the sweep's order.
+
+    `runs`: those that feed it, needs included; `shared`: how many of them another artifact of the sweep needs too;
+    `left`: those not done; `gpu_hours`: low and high of what is left. A run of several artifacts counts in each row, so
+    the rows' sum may pass `total_gpu_hours`, which counts it once.
+    """
+    return _by_artifact(sweep, hours_left(sweep, store, done_runs(sweep, store)))
+
+
+def _by_artifact(sweep: Sweep, left: dict[str, tuple[float, float]]) -> list[dict[str, Any]]:
+    runs, shared = Counter[str](), Counter[str]()
+    hours: dict[str, list[tuple[float, float]]] = {artifact.name: [] for artifact in sweep.artifacts}
+    for run in sweep.runs.values():
+        fed = {cell.partition(".")[0] for cell in run.feeds}
+        runs.update(fed)
+        shared.update(fed if len(fed) > 1 else ())
+        if run.id in left:
+            for artifact in fed:
+                hours[artifact].append(left[run.id])
+    return [
+        {"artifact": a, "runs": runs[a], "left": len(mine), "gpu_hours": _sum(mine), "shared": shared[a]}
+        for a, mine in hours.items()
+    ]
+
+
+def _sum(hours: list[tuple[float, float]]) -> dict[str, float]:
+    return {"low": fsum(low for low, _ in hours), "high": fsum(high for _, high in hours)}
 
 
 def plan_document(sweep: Sweep, store: Store) -> dict[str, Any]:
-    """`sweep plan --json`. `paper` of a run: the paper's values of the numbers that the scale changed."""
-    low, high = total_gpu_hours(sweep, store)
+    """`sweep plan --json`. `paper` of a run: the paper's values of the numbers that the scale changed.
+
+    `artifacts`: the rows of `forecast`; `gpu_hours` counts each run once.
+    """
+    states = {identity: store.run(identity).state() for identity in sweep.runs}
+    done = {identity for identity, state in states.items() if state == "done"}
+    left = hours_left(sweep, store, done)
     runs = [
         {
             "id": run.id, "stage": run.config.stage, "config": dump(run.config), "needs": list(run.needs),
-            "feeds": run.feeds, "state": store.run(run.id).state(), "paper": run.paper,
+            "feeds": run.feeds, "state": states[run.id], "paper": run.paper,
         }
         for run in sweep.runs.values()
     ]  # fmt: skip
     return {
         "scale": sweep.scale.name, "runs": runs, "requested": sweep.requested, "unique": sweep.unique,
-        "done": sum(run["state"] == "done" for run in runs), "gpu_hours": {"low": low, "high": high},
+        "done": len(done), "gpu_hours": _sum([*left.values()]), "artifacts": _by_artifact(sweep, left),
     }  # fmt: skip

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
@@ -110,3 +112,50 @@ def epoch(told: dict[str, Any]) -> str:
 
 def speed(told: dict[str, Any]) -> str:
     return f"{told['images_per_s']:,.0f}" if told.get("images_per_s") else ""
+
+
+def left(told: dict[str, Any]) -> str:
+    """`1:02:03` until a run ends."""
+    seconds = told.get("eta_s")
+    if seconds is None:
+        return ""
+    minutes, seconds = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+
+
+def status_rows(document: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
+    """Columns and rows of `sweep status`; runs that nobody has begun are only counted."""
+    columns = ["run", "state", "epoch", "images/s", "left", "job", "Slurm says", "feeds"]
+    rows = []
+    for row in document["runs"]:
+        if row["state"] != "new":
+            task = row.get("slurm", {})
+            said = " ".join(filter(None, (task.get("state"), task.get("reason") or row.get("detail"))))
+            first = row["feeds"][0] if row["feeds"] else ""
+            rows.append([row["id"], row["state"], epoch(row), speed(row), left(row), task.get("job"), said, first])
+    return columns, rows
+
+
+def watched(look: Callable[[], dict[str, Any]], every: float) -> None:
+    """Shows how runs stand until none is queued or running, or Ctrl-C: a table that changes on a terminal, in a pipe a
+    line whenever the counts change."""
+    console, before = Console(), None
+    drawn = RichLive(console=console, auto_refresh=False) if console.is_terminal else None
+    with drawn or contextlib.nullcontext(), contextlib.suppress(KeyboardInterrupt):
+        while True:
+            document = look()
+            counts = ", ".join(f"{n} {state}" for state, n in document["counts"].items())
+            if drawn:
+                columns, rows = status_rows(document)
+                table = Table(*columns, box=None)
+                shown = [row for row in rows if row[1] != "done"][: max(5, console.height - 5)]
+                for row in shown:
+                    table.add_row(*("" if cell is None else str(cell).replace("[", r"\[") for cell in row))
+                trouble = [Text(str(document["trouble"]), style="red")] if document["trouble"] else []
+                drawn.update(Group(Text(counts, style="bold"), table, *trouble), refresh=True)
+            elif counts != before:
+                before = counts
+                print(f"{time.strftime('%H:%M:%S')} {counts}", flush=True)
+            if not document["counts"].keys() & {"queued", "running", "unknown"}:
+                return
+            time.sleep(every)

@@ -79,12 +79,18 @@ def _report(report: dict[str, Any], json: bool) -> None:
         print(f"{key}: {value}")
 
 
-def doctor(store: StoreDir = Path("runs"), json: Json = False) -> None:
-    """Whether this machine can run the suite."""
+def doctor(
+    store: StoreDir = Path("runs"),
+    profile: Annotated[
+        Path | None, typer.Option("--profile", help="A Slurm profile: is it right for this cluster?")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Whether this machine, and with --profile its Slurm cluster, can run the suite."""
     from sdae.store import Store
     from slurm.doctor import examine
 
-    checks = examine(Store(store))
+    checks = examine(Store(store), profile)
     if json:
         emit(checks)
     else:

@@ -1,15 +1,23 @@
-"""sweep: plan runs, run them, watch them."""
+"""sweep: plan runs, run them here or on a cluster, watch them, end them, run them again."""
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections import Counter
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cli.output import DataDir, Jobs, Json, Names, ScaleName, Seeds, StoreDir, emit, note, parse_seeds, table
+from sdae.errors import UserError
+
+if TYPE_CHECKING:
+    from ablations.planner import PlannedRun, Sweep
+    from sdae.store import Store
+    from slurm.sweep import Outcome
 
 app = typer.Typer(help="Plan the runs of artifacts, run them, watch them.", no_args_is_help=True)
 
@@ -18,6 +26,16 @@ class Place(StrEnum):
     """Where runs are run."""
 
     local = "local"
+    slurm = "slurm"
+
+
+On = Annotated[Place, typer.Option("--on", help="Where to run.")]
+ProfileFile = Annotated[Path | None, typer.Option("--profile", help="What jobs ask Slurm for, YAML.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, each sbatch text, and do nothing.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+AnyScale = Annotated[str | None, typer.Option("--scale", help="A scale; none: what this store handed to Slurm.")]
+Grace = Annotated[float, typer.Option("--grace", min=0, help="Seconds without a sign of life before a run is lost.")]
+GRACE = 300.0
 
 
 @app.command("list")
@@ -44,14 +62,17 @@ def plan(
     json: Json = False,
 ) -> None:
     """What would be run: every run once, needs first, with the cells that it feeds."""
-    from ablations.cost import plan_document
     from ablations.planner import plan as make
+
+    _tell_plan(make(artifacts or (), scale, parse_seeds(seeds), data_path=data), store, json)
+
+
+def _tell_plan(planned: Sweep, store: Path, json: bool) -> None:
+    from ablations.cost import plan_document
     from sdae.store import Store
 
-    planned = make(artifacts or (), scale, parse_seeds(seeds), data_path=data)
     document = plan_document(planned, Store(store))
-    if planned.provisional:
-        note("the pictures are not here: the ids are provisional, the runs' own will hold the pictures' fingerprint")
+    _tell_provisional(planned)
     if json:
         return emit(document)
     rows = [[r["id"], r["state"], len(r["needs"]), r["feeds"][0], len(r["feeds"])] for r in document["runs"]]
@@ -64,22 +85,64 @@ def plan(
     )
 
 
+def _tell_provisional(planned: Sweep) -> None:
+    if planned.provisional:
+        note("the pictures are not here: the ids are provisional, the runs' own will hold the pictures' fingerprint")
+
+
 @app.command()
 def submit(
     artifacts: Names = None,
     scale: ScaleName = "smoke",
     seeds: Seeds = "0",
     store: StoreDir = Path("runs"),
-    on: Annotated[Place, typer.Option("--on", help="Where to run.")] = Place.local,
+    on: On = Place.local,
+    profile: ProfileFile = None,
     jobs: Jobs = None,
     data: DataDir = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be run, and run nothing.")] = False,
+    max_gpu_hours: Annotated[
+        float | None, typer.Option("--max-gpu-hours", help="Refuse what may take more GPU-hours than that.")
+    ] = None,
+    fit: Annotated[bool, typer.Option("--fit", help="Not refuse: take the runs that fill the most cells.")] = False,
+    dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
-    """Run what is not done. Failed runs stay failed; see retry."""
+    """Run what is not done, here or on Slurm. Failed runs stay failed; see retry."""
+    from ablations.planner import plan as make
+    from sdae.store import Store
+
+    planned = make(artifacts or (), scale, parse_seeds(seeds), data_path=data)
+    planned = _affordable(planned, Store(store), max_gpu_hours, fit)
+    if on is Place.slurm:
+        return _on_slurm(planned, Store(store), profile, dry_run, json, failed=False)
     if dry_run:
-        return plan(artifacts, scale, seeds, store, data, json)
-    _run(artifacts, scale, seeds, store, jobs, data, json, retry=False)
+        return _tell_plan(planned, store, json)
+    _run(planned, Store(store), jobs, json, retry=False)
+
+
+def _affordable(planned: Sweep, store: Store, hours: float | None, fit: bool) -> Sweep:
+    """The sweep, or the part of it that a budget allows."""
+    if hours is None:
+        if fit:
+            raise UserError("--fit: only with --max-gpu-hours")
+        return planned
+    from ablations.budget import within
+    from ablations.cost import done_runs, hours_left
+
+    done = done_runs(planned, store)
+    high = {identity: bounds[1] for identity, bounds in hours_left(planned, store, done).items()}
+    part = within(planned, hours, done, high)
+    if part.unique == planned.unique:
+        return part
+    cells = sum(any(i in part.runs for _, i in entries) for entries in part.cells.values())
+    what = f"{part.unique} of {planned.unique} runs, {cells} of {len(planned.cells)} cells"
+    if not fit:
+        raise UserError(
+            f"--max-gpu-hours {hours:g}: what is not done may take {sum(high.values()):.3g}; --fit takes the part "
+            f"that fills the most cells: {what}"
+        )
+    note(f"within {hours:g} GPU-hours: {what}")
+    return part
 
 
 @app.command()
@@ -88,32 +151,32 @@ def retry(
     scale: ScaleName = "smoke",
     seeds: Seeds = "0",
     store: StoreDir = Path("runs"),
+    on: On = Place.local,
+    profile: ProfileFile = None,
     jobs: Jobs = None,
     data: DataDir = None,
+    dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
-    """Run the failed runs again, and those that wait for them."""
-    _run(artifacts, scale, seeds, store, jobs, data, json, retry=True)
-
-
-def _run(
-    artifacts: list[str] | None, scale: str, seeds: str, store: Path, jobs: int | None, data: str | None, json: bool,
-    retry: bool,
-) -> None:  # fmt: skip
+    """Run the failed and lost runs again, and those that wait for them."""
     from ablations.planner import plan as make
-    from cli.runs import INTERRUPTED, run_here
     from sdae.store import Store
     from slurm.local import failed_part
 
     planned, folder = make(artifacts or (), scale, parse_seeds(seeds), data_path=data), Store(store)
-    if retry:
-        planned = failed_part(planned, folder)
-        note(
-            f"to run again, with what waits for them: {', '.join(planned.runs)}"
-            if planned.runs
-            else "nothing has failed"
-        )
-    summary = run_here(planned, folder, jobs, retry)
+    if on is Place.slurm:
+        return _on_slurm(planned, folder, profile, dry_run, json, failed=True)
+    planned = failed_part(planned, folder)
+    runs = ", ".join(planned.runs)
+    note(f"to run again, with what waits for them: {runs}" if runs else "nothing has failed")
+    if not dry_run:
+        _run(planned, folder, jobs, json, retry=True)
+
+
+def _run(planned: Sweep, store: Store, jobs: int | None, json: bool, retry: bool) -> None:
+    from cli.runs import INTERRUPTED, run_here
+
+    summary = run_here(planned, store, jobs, retry)
     if json:
         states = [{"id": i, "state": s, "message": summary.messages.get(i)} for i, s in summary.states.items()]
         emit({"scale": planned.scale.name, "runs": states, "ran": summary.ran, "seconds": summary.seconds})
@@ -123,31 +186,167 @@ def _run(
         raise typer.Exit(1)
 
 
+def _on_slurm(planned: Sweep, store: Store, profile: Path | None, dry_run: bool, json: bool, failed: bool) -> None:
+    from ablations.cost import forecast, total_gpu_hours
+    from slurm.local import check_pictures, failed_part
+    from slurm.sweep import hand_over, look, preview, profile_of
+
+    asked = profile_of(store, profile)
+    if failed:
+        look(list(planned.runs.values()), store)  # what Slurm knows of lost runs is written down first
+        planned = failed_part(planned, store)
+        note(f"to run again, with what waits for them: {', '.join(planned.runs) or 'nothing'}")
+    runs = list(planned.runs.values())
+    if dry_run:
+        _tell_provisional(planned)
+        outcome = preview(runs, store, asked, failed=failed)
+    else:
+        check_pictures(planned)
+        outcome = hand_over(runs, store, asked, planned.scale.name, failed=failed)
+    rows, (low, high) = forecast(planned, store), total_gpu_hours(planned, store)
+    if not json:
+        for row in rows:
+            hours = row["gpu_hours"]
+            note(f"{row['artifact']}: {row['left']} of {row['runs']} runs left, {_hours(hours['low'], hours['high'])}")
+        note(f"together, each run once: {_hours(low, high)}")
+    _tell(outcome, dry_run, json, artifacts=rows, gpu_hours={"low": low, "high": high})
+
+
+def _hours(low: float, high: float) -> str:
+    return f"{low:.3g} to {high:.3g} GPU-hours"
+
+
+def _tell(outcome: Outcome, dry_run: bool, json: bool, **facts: Any) -> None:
+    """What was submitted, or would be."""
+    report = outcome.report
+    if json:
+        emit({**vars(report), "mended": outcome.mended, "dry_run": dry_run, **facts})
+    else:
+        for line in outcome.mended:
+            note(line)
+        for array in report.arrays:
+            wait = f", {array['dependency'][:60]}" if array["dependency"] else ""
+            if dry_run:
+                print(f"{array['sbatch']}\n")
+            print(f"{array['job']}: {array['tasks']} x {' and '.join(array['stages'])}, array {array['array']}{wait}")
+        states = Counter(s.state for i, s in outcome.survey.standings.items() if i not in report.submitted)
+        rest = ", ".join(f"{count} {state}" for state, count in states.items())
+        would = "would be submitted" if dry_run else "submitted"
+        print(f"{len(report.submitted)} runs {would} in {len(report.arrays)} arrays" + (f"; {rest}" if rest else ""))
+        if report.left:
+            print(f"{len(report.left)} more wait for room in the queue: submit again once some have ended")
+    for line in report.trouble:
+        note(f"warning: {line}")
+    if report.trouble:
+        raise typer.Exit(1)
+
+
 @app.command()
-def status(
+def heal(
     artifacts: Names = None,
-    scale: ScaleName = "smoke",
+    scale: AnyScale = None,
+    seeds: Seeds = "0",
+    store: StoreDir = Path("runs"),
+    profile: ProfileFile = None,
+    data: DataDir = None,
+    grace: Grace = GRACE,
+    json: Json = False,
+) -> None:
+    """Put right what Slurm lost: adopt, release, end what waits in vain, submit lost runs again. For cron, too."""
+    from sdae.store import Store
+    from slurm.look import last_submission
+    from slurm.sweep import hand_over, profile_of
+
+    folder = Store(store)
+    last = last_submission(folder)
+    if last is None:
+        note(f"{store}: nothing was handed to Slurm")
+        return emit({}) if json else None
+    runs = _runs(artifacts, scale, seeds, folder, data)
+    _tell(hand_over(runs, folder, profile_of(folder, profile), scale or last.scale, grace=grace), False, json)
+
+
+def _runs(
+    artifacts: list[str] | None, scale: str | None, seeds: str, store: Store, data: str | None
+) -> list[PlannedRun]:
+    """The runs of a sweep; where none is named, those that this store handed to Slurm, if any."""
+    from ablations.planner import plan as make
+    from slurm.look import recorded
+
+    if not artifacts and scale is None and (runs := recorded(store)):
+        return runs
+    return list(make(artifacts or (), scale or "smoke", parse_seeds(seeds), data_path=data).runs.values())
+
+
+@app.command()
+def cancel(
+    artifacts: Names = None,
+    scale: AnyScale = None,
     seeds: Seeds = "0",
     store: StoreDir = Path("runs"),
     data: DataDir = None,
+    yes: Yes = False,
     json: Json = False,
 ) -> None:
-    """How the runs stand: done, running (with epoch and images/s), failed (with its last lines), waiting, new."""
-    from ablations.planner import plan as make
-    from cli.live import epoch, speed
+    """End this store's queued and running tasks. Their runs can be submitted again, and go on where they were."""
     from sdae.store import Store
-    from slurm.status import status as look
+    from slurm.sweep import end, take_back
 
-    document = look(make(artifacts or (), scale, parse_seeds(seeds), data_path=data), Store(store))
+    found, identities = take_back(_runs(artifacts, scale, seeds, Store(store), data), Store(store))
+    if identities and not yes:
+        note(f"to be ended: {', '.join(identities[:8])}{', ..' if len(identities) > 8 else ''}")
+        if not typer.confirm(f"End {len(identities)} runs?", err=True):
+            raise typer.Exit(1)
+    ended = end(identities, found) if identities else []
     if json:
-        return emit(document)
-    rows = [[r["id"], r["state"], epoch(r), speed(r), r["feeds"][0]] for r in document["runs"] if r["state"] != "new"]
-    table(["run", "state", "epoch", "images/s", "feeds"], rows)
+        return emit({"cancelled": ended})
+    print(f"{len(ended)} runs ended")
+
+
+@app.command()
+def status(
+    artifacts: Names = None,
+    scale: AnyScale = None,
+    seeds: Seeds = "0",
+    store: StoreDir = Path("runs"),
+    data: DataDir = None,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Look again and again, until all have ended.")] = False,
+    every: Annotated[float, typer.Option("--every", min=1, help="Seconds between two looks.")] = 10.0,
+    grace: Grace = GRACE,
+    json: Json = False,
+) -> None:
+    """How the runs stand: waiting, queued, running (epoch, images/s, time left), done, failed (with its last lines),
+    lost (heal submits them again), new."""
+    from cli.live import watched
+    from sdae.store import Store
+    from slurm.status import status as describe
+    from slurm.sweep import look
+
+    folder = Store(store)
+    runs = _runs(artifacts, scale, seeds, folder, data)
+
+    def document() -> dict[str, Any]:
+        return describe(runs, look(runs, folder, grace=grace))
+
+    if watch and not json:
+        return watched(document, every)
+    found = document()
+    if json:
+        return emit(found)
+    _tell_status(found)
+
+
+def _tell_status(document: dict[str, Any]) -> None:
+    from cli.live import status_rows
+
+    table(*status_rows(document))
     for row in document["runs"]:
-        if row["state"] == "failed":
-            print(f"{row['id']}: {row['failure']['class']}: {row['failure']['message']}")
+        if row["state"] in ("failed", "lost"):
+            print(f"{row['id']}: {row['state']}: {row['failure']['class']}: {row['failure']['message']}")
             print("".join(f"    {line}\n" for line in row["last_lines"]), end="")
     print(", ".join(f"{count} {state}" for state, count in document["counts"].items()))
+    if document["trouble"]:
+        note(f"warning: {document['trouble']}")
 
 
 @app.command()
@@ -157,13 +356,15 @@ def logs(
     lines: Annotated[int, typer.Option("-n", "--lines", min=1, help="How many of its last lines.")] = 40,
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on printing until the run ends.")] = False,
 ) -> None:
-    """What a run wrote to its log."""
+    """What a run wrote to its log, or Slurm to its job's."""
     from sdae.store import Store
     from slurm.local import followed, tail
+    from slurm.look import find, log_of, queued
 
-    run = Store(store).find(identity)
+    run = find(Store(store), identity)
     size = run.log.stat().st_size if run.log.exists() else 0
-    print("".join(f"{line}\n" for line in tail(run.log, lines)), end="")
+    print("".join(f"{line}\n" for line in tail(log_of(Store(store), run.id), lines)), end="")
     if follow:
-        for text in followed(run, size, time.sleep):
-            print(text, end="", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            for text in followed(run, size, time.sleep, queued(Store(store), run.id)):
+                print(text, end="", flush=True)

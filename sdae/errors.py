@@ -1,4 +1,8 @@
-"""The two ways in which the suite says no."""
+"""The ways in which the suite says no."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
 
 
 class UserError(Exception):
@@ -14,7 +18,14 @@ class BrokenInput(RunFailed):
 
 
 class Interrupted(Exception):
-    """A run that was told to stop, has saved its state and wants to be resumed. Exit code `RESUME_ME`."""
+    """A run that was told to stop, has saved its state and wants to be resumed. Exit code `RESUME_ME`.
+
+    signals: the numbers of those that told it.
+    """
+
+    def __init__(self, message: str, signals: Iterable[int] = ()):
+        super().__init__(message)
+        self.signals = frozenset(signals)
 
 
 RESUME_ME = 75  # EX_TEMPFAIL of sysexits.h: "try again later"

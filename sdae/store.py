@@ -26,6 +26,7 @@ from sdae.errors import UserError
 from sdae.yamls import read_yaml
 
 FORMAT = 1
+SUBMISSION = "SDAE_SUBMISSION"  # environment variable: the array that this process belongs to
 GRACE_SECONDS = 300.0  # a heartbeat older than this, from another machine, is that of a lost run
 
 
@@ -77,6 +78,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.log = path / "log.txt"
         self.metrics_file = path / "metrics.jsonl"
+        self.token = ""  # of this process's claim
 
     # What it holds
     def config(self) -> Config | None:
@@ -96,13 +98,20 @@ class RunFolder:
         return read_json(self.path / "provenance.json")  # type: ignore[no-any-return]
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl; a torn last line is left out."""
-        rows = []
-        with contextlib.suppress(FileNotFoundError):
-            for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(ValueError):
-                    rows.append(json.loads(line))
-        return rows
+        """The rows of metrics.jsonl."""
+        return _lines(self.metrics_file)
+
+    def notes(self) -> list[dict[str, Any]]:
+        """What happened to the run on a cluster, the oldest first: attempts that began and how they ended."""
+        return _lines(self.path / "attempts.jsonl")
+
+    @property
+    def saved_step(self) -> int:
+        """The step from which the run would go on."""
+        with contextlib.suppress(OSError):
+            names = [name for name in os.listdir(self.checkpoints) if name.startswith("state-")]
+            return max((int(name[6:14]) for name in names if name.endswith(".sha256.json")), default=0)
+        return 0
 
     @property
     def done(self) -> bool:
@@ -138,17 +147,31 @@ class RunFolder:
         self.write("result.json", result)
         (self.path / "failure.json").unlink(missing_ok=True)
 
-    def fail(self, kind: str, message: str, traceback: str = "") -> None:
+    def fail(self, kind: str, message: str, traceback: str = "", submission: str | None = None) -> None:
+        """submission: the job array that the run failed in; by default that of this process, if any."""
         before = self.failure() or read_json(self.path / "failure.previous.json") or {}
         attempt = int(before.get("attempt", 0)) + 1
         self.write(
             "failure.json",
-            {"class": kind, "message": message, "traceback": traceback, "attempt": attempt, "time": time.time()},
+            {
+                "class": kind,
+                "message": message,
+                "traceback": traceback,
+                "attempt": attempt,
+                "time": time.time(),
+                "submission": submission or os.environ.get(SUBMISSION),
+            },
         )
 
     def forget_failure(self) -> None:
         with contextlib.suppress(FileNotFoundError):
             (self.path / "failure.json").rename(self.path / "failure.previous.json")
+
+    def note(self, event: str, **facts: Any) -> None:
+        """Adds to `notes`. One write of one line: appends of several processes do not mix."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self.path / "attempts.jsonl", "ab", buffering=0) as file:
+            file.write(json.dumps({"event": event, "time": time.time(), **facts}).encode() + b"\n")
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         with open(self.metrics_file, "a", encoding="utf-8") as file:
@@ -186,11 +209,19 @@ class RunFolder:
         try:
             owned = self._take(file, fresh)
             fresh.unlink(missing_ok=True)
+            self.token = token if owned else ""
             yield owned
         finally:
+            self.token = ""
             fresh.unlink(missing_ok=True)
             if owned and (read_json(file) or {}).get("token") == token:
                 file.unlink(missing_ok=True)
+
+    @property
+    def dispossessed(self) -> bool:
+        """Whether another process has taken this one for dead, and the run over: then nothing more may be written."""
+        claim = read_json(self.path / "claim.json") if self.token else None
+        return claim is not None and _token(claim) != self.token
 
     def _take(self, file: Path, fresh: Path) -> bool:
         """Makes `fresh` the claim where there is none, or where the one that there is belongs to a dead process.
@@ -221,6 +252,16 @@ class RunFolder:
                 link.unlink(missing_ok=True)
                 break
         return False
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON lines file; a torn line is left out."""
+    rows = []
+    with contextlib.suppress(FileNotFoundError):
+        for line in file.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError):
+                rows.append(json.loads(line))
+    return rows
 
 
 def _token(claim: Any) -> str:

@@ -14,13 +14,17 @@ from sdae.config import Data
 from sdae.data.fingerprint import SPLITS, cache_folder, listing
 from sdae.errors import UserError
 from sdae.store import Store
+from slurm.doctor_cluster import examine_cluster
 from slurm.machine import cpus
+from slurm.profile import load_profile
 
 NEEDED = {"torch": (2, 11), "torchvision": (0, 26), "timm": (1, 0)}
 
 
-def examine(store: Store) -> list[dict[str, Any]]:
-    """[{"check", "ok": true | false | null (cannot be used, and need not be), "detail"}]."""
+def examine(store: Store, profile: Path | None = None) -> list[dict[str, Any]]:
+    """[{"check", "ok": true | false | null (cannot be used, and need not be), "detail"}]. profile: a Slurm profile's
+    file, to be checked against this machine's cluster as well."""
+    asked = load_profile(profile) if profile else None
     checks = [
         _check("python", sys.version_info >= (3, 11), f"{platform.python_version()} (3.11 or newer)"),
         *(_package(name, least) for name, least in NEEDED.items()),
@@ -32,7 +36,7 @@ def examine(store: Store) -> list[dict[str, Any]]:
     for row in pictures():
         detail = row["problem"] or f"{row['train']:,} + {row['val']:,} pictures, {row['classes']} classes"
         checks.append(_check(f"pictures of scale {row['scale']}", None if row["problem"] else True, detail))
-    return checks
+    return checks + (examine_cluster(asked, store.root) if asked else [])
 
 
 def pictures() -> list[dict[str, Any]]:

@@ -29,6 +29,7 @@ from sdae.config import dump
 from sdae.errors import UserError
 from sdae.store import RunFolder, Store
 from slurm.machine import cpus, gpus
+from slurm.reconcile import LOST
 
 TICK = 0.5  # seconds between looks at the store and calls of `on_update`
 EXECUTE = "sdae.run:execute"
@@ -207,7 +208,7 @@ class _Executor:
         if folder.claimed():
             return "elsewhere"
         failure = None if self.retry else folder.failure()
-        if failure is not None:
+        if failure is not None and failure.get("class") not in LOST:
             self.summary.messages[identity] = f"{failure.get('class')}: {failure.get('message')}"
             return "failed"
         return "ready"
@@ -385,10 +386,10 @@ def _critical_path(sweep: Sweep) -> dict[str, float]:
     return rank
 
 
-def followed(run: RunFolder, position: int, sleep: Callable[[float], None]) -> Iterator[str]:
-    """What is added to a run's log after `position` bytes, until the run is claimed by nobody."""
+def followed(run: RunFolder, position: int, sleep: Callable[[float], None], queued: bool = False) -> Iterator[str]:
+    """What is added to a run's log after `position` bytes, until nobody has the run; queued: until it has ended."""
     while True:
-        over = run.claimed() is None
+        over = run.claimed() is None and (not queued or run.state() in ("done", "failed"))
         with contextlib.suppress(FileNotFoundError), open(run.log, "rb") as file:
             file.seek(position)
             if text := file.read():

@@ -1,45 +1,54 @@
-"""How a sweep stands, from the store alone."""
+"""How a sweep stands, for people and programs."""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ablations.planner import Sweep, available, plan
+from ablations.planner import PlannedRun, available, plan
 from ablations.scale import Scale
 from sdae.store import RunFolder, Store
 from slurm.local import tail
+from slurm.look import Survey, log_of
 
 
-def status(sweep: Sweep, store: Store) -> dict[str, Any]:
-    """{"scale", "counts": {state: n}, "runs": [..]}; a run whose need failed is `waiting`, one not begun is `new`."""
-    states: dict[str, str] = {}
+def status(runs: Iterable[PlannedRun], found: Survey) -> dict[str, Any]:
+    """{"counts": {state: n}, "runs": [..], "trouble": why Slurm told nothing}.
+
+    A state is waiting (for a need) | queued | running | done | failed | lost | started (stopped, resumable) | new |
+    unknown.
+    """
     rows = []
-    for run in sweep.runs.values():
-        folder = store.run(run.id)
-        state = folder.state()
-        if state == "new" and any(states.get(need) in ("failed", "waiting") for need in run.needs):
-            state = "waiting"
-        states[run.id] = state
-        row: dict[str, Any] = {"id": run.id, "stage": run.config.stage, "state": state, "feeds": run.feeds}
-        if state == "running":
-            row |= progress(folder)
-        if state == "failed":
-            failure = folder.failure() or {}
+    for run in runs:
+        folder, standing = found.store.run(run.id), found.standings[run.id]
+        row: dict[str, Any] = {"id": run.id, "stage": run.config.stage, "state": standing.state, "feeds": run.feeds}
+        if standing.task is not None:
+            task = standing.task
+            row["slurm"] = {"job": task.id, "state": task.state, "reason": task.reason, "node": task.node}
+        if standing.detail:
+            row["detail"] = standing.detail
+        if standing.state == "running":
+            row |= progress(folder, run)
+        if standing.state in ("failed", "lost"):
+            failure = folder.failure() or dict(zip(("class", "message"), standing.verdict or (), strict=False))
             row["failure"] = {key: failure.get(key) for key in ("class", "message", "attempt")}
-            row["last_lines"] = tail(folder.log, 5)
+            row["last_lines"] = tail(log_of(found.store, run.id), 5)
         rows.append(row)
-    return {"scale": sweep.scale.name, "counts": dict(Counter(states.values())), "runs": rows}
+    counts = Counter(row["state"] for row in rows)
+    return {"counts": dict(counts), "runs": rows, "trouble": found.trouble}
 
 
-def progress(folder: RunFolder) -> dict[str, Any]:
-    """Where a running run is, from its heartbeat: epoch, epochs, images_per_s, seconds since it was heard of."""
+def progress(folder: RunFolder, run: PlannedRun) -> dict[str, Any]:
+    """Where a running run is, from its heartbeat: epoch, epochs, step, steps, images_per_s, eta_s (seconds to its end),
+    heard_s (seconds since it was heard of)."""
     beat = folder.heartbeat() or {}
-    heard = beat.get("time")
+    heard, rate, step, steps = (beat.get(key) for key in ("time", "images_per_s", "step", "steps"))
+    left = (steps - step) * run.config.optim.batch_size if run.config.stage != "cost" and steps and step else None
     return {
         **{key: beat.get(key) for key in ("epoch", "epochs", "step", "steps", "images_per_s")},
+        "eta_s": round(left / rate) if left is not None and rate else None,
         "heard_s": round(time.time() - heard, 1) if heard else None,
     }
 

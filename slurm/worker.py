@@ -8,13 +8,14 @@ lasts stdout and stderr are its `log.txt`. A worker whose parent is gone stops i
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import json
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 from sdae.config import parse
@@ -34,7 +35,8 @@ def main() -> None:
     send(channel, {"event": "ready"})
     for line in sys.stdin:
         order = json.loads(line)
-        answer = run(execute, store, order, channel)
+        tell = functools.partial(report, channel)
+        answer = run(execute, store.run(order["id"]), store, order["config"], tell)
         send(channel, {"event": "end", "id": order["id"], **answer})
 
 
@@ -45,17 +47,22 @@ def send(channel: IO[str], answer: dict[str, Any]) -> None:
         signal.raise_signal(signal.SIGTERM)
 
 
-def run(execute: Any, store: Store, order: dict[str, Any], channel: IO[str]) -> dict[str, Any]:
+def report(channel: IO[str], state: dict[str, Any]) -> None:
+    send(channel, {"event": "progress", **state})
+
+
+def run(
+    execute: Any, folder: RunFolder, store: Store, values: dict[str, Any],
+    progress: Callable[[dict[str, Any]], None] | None,
+) -> dict[str, Any]:  # fmt: skip
     """One run; how it ended: done | failed | refused | elsewhere | waiting | interrupted, with a line that says why."""
-    folder = store.run(order["id"])
     before = folder.failure()
     with logged(folder):
         try:
-            config = parse(order["config"], order["id"])
-            execute(config, store, progress=lambda state: send(channel, {"event": "progress", **state}))
+            execute(parse(values, folder.id), store, progress=progress)
             return {"outcome": "done"}
         except (Interrupted, KeyboardInterrupt) as error:
-            return {"outcome": "interrupted", "message": str(error)}
+            return {"outcome": "interrupted", "message": str(error), "signals": [*getattr(error, "signals", ())]}
         except UserError as error:
             outcome = REFUSALS.get(type(error).__name__, "refused")
             if outcome == "refused":
@@ -67,6 +74,12 @@ def run(execute: Any, store: Store, order: dict[str, Any], channel: IO[str]) -> 
                 folder.fail(type(error).__name__, str(error), traceback.format_exc())
             message = str(error) if isinstance(error, RunFailed) else f"{type(error).__name__}: {error}"
             return {"outcome": "failed", "message": message}
+
+
+def record(folder: RunFolder, values: dict[str, Any], kind: str, message: str, submission: str | None) -> None:
+    """The failure of a run that may not have a folder yet."""
+    folder.create(parse(values, folder.id))
+    folder.fail(kind, message, submission=submission)
 
 
 @contextlib.contextmanager

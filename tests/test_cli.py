@@ -101,7 +101,7 @@ def test_sweep_plan_document(cli: Any) -> None:
     called = cli("sweep", "plan", "table5", "figure4b", "--seeds", "0,1", "--json")
     document = called.json()
     assert called.code == 0
-    assert list(document) == ["scale", "runs", "requested", "unique", "done", "gpu_hours"]
+    assert list(document) == ["scale", "runs", "requested", "unique", "done", "gpu_hours", "artifacts"]
     assert (document["scale"], document["requested"], document["unique"], document["done"]) == ("smoke", 52, 52, 0)
     run = document["runs"][1]
     assert {"id", "stage", "config", "needs", "feeds", "state"} <= set(run)

@@ -17,6 +17,7 @@ from ablations.planner import Sweep, plan
 from sdae.errors import UserError
 from sdae.store import Store
 from slurm.local import Summary, failed_part, followed, run_local, tail
+from slurm.look import survey
 from slurm.status import overview, status
 
 TARGET = "local_target:execute"
@@ -99,7 +100,7 @@ def test_failures_stop_only_what_needs_them(
     monkeypatch.delenv("FAKE_PRETRAIN")
     if recorded:  # stays failed until retry
         assert go(table5, store).ran == 0
-        document = status(table5, store)
+        document = status(table5.runs.values(), survey(table5.runs.values(), store))
         assert document["counts"] == {"failed": 4, "waiting": 4}
         assert {row["failure"]["class"] for row in document["runs"] if row["state"] == "failed"} == {kind}
         part = failed_part(table5, store)

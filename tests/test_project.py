@@ -28,6 +28,7 @@ PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"
 )
 TORCH = ("torch", "torchvision", "timm", "safetensors")
 FRAMES = ("pandas", "matplotlib", "scipy", "pyarrow", "statsmodels", "seaborn")
+IN_A_FUNCTION = {("ablations/budget.py", "scipy")}  # the one file and package that may, when it is needed
 
 
 def name(path: Path) -> str:
@@ -56,14 +57,16 @@ def test_heavy_packages_stay_in_their_rooms() -> None:
     for path in CODE:
         room = path.relative_to(ROOT).parts[0]
         forbidden = {"sdae": FRAMES, "analysis": TORCH, "docs": TORCH, "benchmarks": ()}.get(room, TORCH + FRAMES)
-        for node, package in imports(ast.parse(path.read_text())):
-            assert package not in forbidden, f"{name(path)}:{node.lineno} imports {package}"
+        tree = ast.parse(path.read_text())
+        for node, package in imports(tree):
+            allowed = (name(path), package) in IN_A_FUNCTION and node not in tree.body
+            assert package not in forbidden or allowed, f"{name(path)}:{node.lineno} imports {package}"
 
 
 def test_sizes() -> None:
     lines = {path: len(path.read_text().splitlines()) for path in CODE}
     assert {name(path): n for path, n in lines.items() if n > 500} == {}
-    assert sum(lines.values()) < 10_000
+    assert sum(lines.values()) < 12_000
 
 
 def test_every_requirement_is_pinned_and_nothing_else_is_said() -> None:

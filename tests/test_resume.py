@@ -10,10 +10,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from conftest import tiny
+from test_data import make_folder
 
 from sdae.config import Config, dump, run_id
 from sdae.errors import Interrupted
@@ -40,7 +42,7 @@ def science(store: Store, config: Config) -> tuple[dict[str, bytes], list[dict[s
     return weights, rows, scores
 
 
-def start(config: Config, store: Path, tmp_path: Path) -> subprocess.Popen[bytes]:
+def start(config: Config, store: Path, tmp_path: Path, **options: Any) -> subprocess.Popen[bytes]:
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(dump(config)))
     code = (
@@ -49,7 +51,7 @@ def start(config: Config, store: Path, tmp_path: Path) -> subprocess.Popen[bytes
         "try: execute(load(sys.argv[1]), Store(sys.argv[2]))\n"
         "except Interrupted: sys.exit(75)"
     )
-    return subprocess.Popen([sys.executable, "-c", code, str(file), str(store)], stderr=subprocess.PIPE)
+    return subprocess.Popen([sys.executable, "-c", code, str(file), str(store)], stderr=subprocess.PIPE, **options)
 
 
 @pytest.mark.slow
@@ -91,6 +93,23 @@ def test_sigterm_saves_and_asks_to_be_resumed(tmp_path: Path) -> None:
     process.communicate(timeout=60)
     assert process.returncode == 75
     assert folder.state() == "started"
+    assert states(folder.checkpoints)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_a_signal_to_all_processes_of_a_job_step(number: signal.Signals, tmp_path: Path) -> None:
+    """As Slurm sends it: the processes that read pictures get it as well, and must not die of it."""
+    make_folder(tmp_path / "pictures", {"ant": (24, 5), "bee": (24, 4)}, size=(90, 70))
+    data = {"name": "imagefolder", "path": str(tmp_path / "pictures"), "train_pictures": None, "val_pictures": None}
+    config = tiny("pretrain", data=data, optim={"epochs": 400}, efficiency={"workers": 2, "checkpoint_minutes": 60})
+    process = start(config, tmp_path / "store", tmp_path, start_new_session=True)
+    folder = Store(tmp_path / "store").run(run_id(config))
+    while len(folder.metrics()) < 3 and process.poll() is None:
+        time.sleep(0.05)
+    os.killpg(process.pid, number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors.decode()
+    assert folder.failure() is None
     assert states(folder.checkpoints)
 
 

@@ -6,6 +6,7 @@ batch or the step at which an interrupted run goes on. So there is no state to s
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -105,7 +106,7 @@ class Loader:
             _Reader(dataset, self.data, self.seed, self.train),  # type: ignore[arg-type]
             batch_sampler=self.order,  # type: ignore[arg-type]
             num_workers=workers, collate_fn=_collate, persistent_workers=workers > 0,
-            prefetch_factor=4 if workers else None, pin_memory=self.device.type == "cuda",
+            prefetch_factor=4 if workers else None, worker_init_fn=_deaf, pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # its own, else torch's global one is drawn from
         )  # fmt: skip
 
@@ -156,6 +157,12 @@ def statistics(channels: int) -> tuple[Tensor, Tensor]:
         return torch.full((1, 1, 1), GREY_MEAN), torch.full((1, 1, 1), GREY_STD)
     mean, std = (torch.tensor([x[c % 3] for c in range(channels)])[:, None, None] for x in (MEAN, STD))
     return mean, std
+
+
+def _deaf(_worker: int) -> None:
+    """Slurm signals every process of a job step; only the one that trains is to heed it (and it ends its workers)."""
+    for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _Reader:

@@ -134,7 +134,8 @@ def fit(
                 saved = time.monotonic()
             if halt and step < steps:
                 raise Interrupted(
-                    f"{run.id}: stopped at step {step} of {steps}; its state is saved, run it again to go on"
+                    f"{run.id}: stopped at step {step} of {steps}; its state is saved, run it again to go on",
+                    stop.signals,
                 )
             if ends_epoch:
                 break
@@ -263,7 +264,7 @@ class Stop:
     SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 
     def __init__(self) -> None:
-        self.asked = False
+        self.signals: set[int] = set()
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Stop:
@@ -278,7 +279,11 @@ class Stop:
     def _ask(self, number: int, _frame: FrameType | None) -> None:
         if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.asked = True
+        self.signals.add(number)
+
+    @property
+    def asked(self) -> bool:
+        return bool(self.signals)
 
     def agreed(self, world: World, step: int) -> bool:
         """Ranks must stop at the same step, so several ask one another at every tenth."""

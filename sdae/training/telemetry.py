@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdae.errors import UserError
+from sdae.errors import RESUME_ME, UserError
 from sdae.store import RunFolder
 
 
@@ -153,6 +153,8 @@ class Pulse:
 
     def _beat(self) -> None:
         while not self._end.wait(self.every):
+            if self.run.dispossessed:  # we slept for longer than a claim holds: its new owner must not be disturbed
+                os._exit(RESUME_ME)
             self._write()
 
     def _write(self) -> None:

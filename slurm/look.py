@@ -1,0 +1,183 @@
+"""How runs stand: the store, one squeue, at most one sacct, and what follows from them (`slurm.reconcile`)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ablations.planner import PlannedRun
+from sdae.config import dump, parse
+from sdae.store import GRACE_SECONDS, RunFolder, Store
+from slurm.cluster import Busy, NoSlurm, Refused, Slurm, Task
+from slurm.ledger import CANCELLED, Ledger, Reservation, Submission
+from slurm.reconcile import Seen, Standing, judge, with_needs
+from slurm.worker import record
+
+
+@dataclass
+class Survey:
+    """standings: by run. trouble: why Slurm told nothing. queued: this user's tasks, of whatever sweep."""
+
+    store: Store
+    standings: dict[str, Standing] = field(default_factory=dict)
+    reservations: dict[str, Reservation] = field(default_factory=dict)
+    submissions: dict[str, Submission] = field(default_factory=dict)
+    queue: Sequence[Task] | None = ()
+    trouble: str | None = None
+
+    @property
+    def queued(self) -> int:
+        return len(self.queue or ())
+
+    def spots(self) -> dict[str, tuple[str, int]]:
+        """Where in the queue runs are that will end by themselves."""
+        alive = {task.id for task in self.queue or ()}
+        standings = self.standings.items()
+        return {
+            i: (s.task.job, s.task.index) for i, s in standings if s.task and s.task.id in alive and s.stuck != "cancel"
+        }
+
+    def comes(self, need: str) -> bool:
+        """Whether a need is done, or in the queue."""
+        standing = self.standings.get(need)
+        if standing is None or standing.state == "done":
+            return self.store.run(need).done
+        return need in self.spots()
+
+
+def survey(
+    runs: Iterable[PlannedRun], store: Store, slurm: Slurm | None = None, *, grace: float = GRACE_SECONDS
+) -> Survey:
+    """How runs (needs first) stand. slurm: asked only where a run was handed to it; None: that of this machine."""
+    ledger, runs, now = Ledger(store), list(runs), time.time()
+    found = Survey(store, reservations=ledger.reservations() if ledger.exists() else {})
+    states = {run.id: store.run(run.id).state() for run in runs}
+    held = {
+        run.id: found.reservations[run.id]
+        for run in runs
+        if states[run.id] != "done" and found.reservations.get(run.id, Reservation()).token not in ("", CANCELLED)
+    }
+    history: list[Task] | None = []
+    if held:
+        for token in {reservation.token for reservation in held.values()}:
+            if (submission := ledger.read(token)) is not None:
+                found.submissions[token] = submission
+        places = _places(held, found.submissions)
+        try:
+            slurm = slurm or Slurm()
+            found.queue = slurm.queue()
+            there = {(task.name, task.index) for task in found.queue}
+            gone = [i for i in held if states[i] in ("new", "started", "failed") and places.get(i) not in there]
+            if tokens := {held[i].token for i in gone} & found.submissions.keys():
+                known = [found.submissions[token] for token in sorted(tokens)]
+                history = slurm.history([s.name for s in known], min(s.time for s in known))
+        except (Busy, Refused, NoSlurm) as error:
+            found.queue, found.trouble = None, str(error)
+        rows, past = _by_place(found.queue or ()), _by_place(history or ())
+    for run in runs:
+        if run.id not in held:
+            state = states[run.id]
+            standing = judge(_seen(store, run, state), Reservation(), None, (), (), now=now, grace=grace)
+        else:
+            reservation = held[run.id]
+            submission = found.submissions.get(reservation.token)
+            place = places.get(run.id)
+            queue = None if found.queue is None else rows.get(place, ())
+            standing = judge(
+                _seen(store, run, states[run.id]), reservation, submission, queue, past.get(place, ()),
+                now=now, grace=grace,
+            )  # fmt: skip
+        needs = [found.standings[need].state for need in run.needs if need in found.standings]
+        found.standings[run.id] = with_needs(standing, needs)
+    return found
+
+
+def _places(held: Mapping[str, Reservation], submissions: Mapping[str, Submission]) -> dict[str, tuple[str, int]]:
+    """Job name and array index of runs."""
+    places = {}
+    for submission in submissions.values():
+        for index, identity in submission.runs.items():
+            if identity in held and held[identity].token == submission.token:
+                places[identity] = (submission.name, index)
+    return places
+
+
+def _by_place(tasks: Iterable[Task]) -> dict[tuple[str, int] | None, list[Task]]:
+    found: dict[tuple[str, int] | None, list[Task]] = {}
+    for task in tasks:
+        found.setdefault((task.name, task.index), []).append(task)
+    return found
+
+
+def _seen(store: Store, run: PlannedRun, state: str) -> Seen:
+    if state == "done":
+        return Seen(state)
+    folder = store.run(run.id)
+    failure = (folder.failure() or {}) if state == "failed" else {}
+    if state == "new":
+        notes = folder.notes()
+        return Seen(state, notes=notes, needs_done=all(store.run(need).done for need in run.needs))
+    return Seen(
+        state, failure.get("class"), failure.get("submission"), float((folder.heartbeat() or {}).get("time", 0.0)),
+        folder.saved_step, folder.notes(), all(store.run(need).done for need in run.needs),
+    )  # fmt: skip
+
+
+def settle(found: Survey, runs: Iterable[PlannedRun]) -> list[str]:
+    """Writes down what Slurm said of runs that ended without a word, as sacct forgets; returns their ids."""
+    store, settled = found.store, []
+    ledger = Ledger(store)
+    for run in runs:
+        verdict, folder = found.standings[run.id].verdict, store.run(run.id)
+        if verdict is not None and not folder.done and not folder.claimed():
+            token = found.reservations[run.id].token
+            if ledger.holder(run.id).token == token:
+                record(folder, dump(run.config), *verdict, token)
+                settled.append(run.id)
+    return settled
+
+
+def recorded(store: Store) -> list[PlannedRun]:
+    """The runs that are in the hands of an array, needs first, as they were handed over."""
+    ledger = Ledger(store)
+    reservations = ledger.reservations()
+    orders = {token: ledger.runs(token) for token in {r.token for r in reservations.values()}}
+    runs = []
+    for identity, reservation in reservations.items():
+        if (order := orders[reservation.token].get(identity)) is not None:
+            needs, feeds = tuple(order["needs"]), list(order["feeds"])
+            runs.append(PlannedRun(identity, parse(order["config"], identity), needs, feeds))
+    return sorted(runs, key=lambda run: (len(run.needs), run.id))
+
+
+def find(store: Store, prefix: str) -> RunFolder:
+    """A run by its id or by a unique beginning of it, also one that waits in Slurm's queue and has no folder yet."""
+    waiting = {i for i in Ledger(store).reservations() if i.startswith(prefix)}
+    if len(waiting) == 1 and not any(i.startswith(prefix) for i in store.ids()):
+        return store.run(waiting.pop())
+    return store.find(prefix)
+
+
+def queued(store: Store, identity: str) -> bool:
+    """Whether a run has been handed to Slurm."""
+    return Ledger(store).holder(identity).token not in ("", CANCELLED)
+
+
+def log_of(store: Store, identity: str) -> Path:
+    """A run's log; where it has none yet, what Slurm kept of its job: the error that came before ours could be told."""
+    run, ledger = store.run(identity), Ledger(store)
+    submission = ledger.read(ledger.holder(identity).token) if ledger.exists() and not run.log.exists() else None
+    for index, other in (submission.runs if submission else {}).items():
+        if submission and other == identity:
+            stem = f"{submission.job}_{index}_0_log"  # what a task prints; before it, what the batch script does
+            logs = [ledger.folder(submission.token) / f"{stem}.{kind}" for kind in ("err", "out")]
+            return next((log for log in logs if log.exists() and log.stat().st_size), run.log)
+    return run.log
+
+
+def last_submission(store: Store) -> Submission | None:
+    """The latest array that was written down."""
+    ledger = Ledger(store)
+    return max(filter(None, map(ledger.read, ledger.tokens())), key=lambda submission: submission.time, default=None)
