@@ -1,4 +1,4 @@
-# make setup | reproduce | test [SLOW=1] | lint
+# make setup | reproduce | test [SLOW=1] | trust | lint
 # PYTHON chooses the interpreter, JOBS how many tests run at a time.
 SHELL := /bin/bash
 VENV := .venv
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PYTHON ?=
 JOBS ?= 2
 
-.PHONY: setup reproduce test lint clean
+.PHONY: setup reproduce test trust lint clean
 
 setup: $(VENV)/.installed
 
@@ -30,6 +30,11 @@ reproduce: setup
 # The slow tests (minutes, and a LaTeX engine) come with SLOW=1, as in .ci/run.
 test: setup
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(if $(SLOW),,-m "not slow")
+
+# The long campaigns, outside CI: random schedules of a fake Slurm (goes on where it was cut off), faults on a real one.
+trust: setup
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/test_reconcile.py --schedules 10000
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/test_slurm_real.py --faults 200
 
 lint: setup
 	$(BIN)/ruff check .

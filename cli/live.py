@@ -130,10 +130,18 @@ def status_rows(document: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
     for row in document["runs"]:
         if row["state"] != "new":
             task = row.get("slurm", {})
-            said = " ".join(filter(None, (task.get("state"), task.get("reason") or row.get("detail"))))
+            said = _said(task) or row.get("detail", "")
             first = row["feeds"][0] if row["feeds"] else ""
             rows.append([row["id"], row["state"], epoch(row), speed(row), left(row), task.get("job"), said, first])
     return columns, rows
+
+
+def _said(task: dict[str, Any]) -> str:
+    """`PENDING Dependency`, `RUNNING node3`, `CANCELLED by 1000`."""
+    state, reason = task.get("state", ""), task.get("reason", "")
+    if reason.startswith(state):  # sacct's state in full
+        return str(reason)
+    return " ".join(filter(None, (state, reason if reason != "None" else task.get("node"))))
 
 
 def watched(look: Callable[[], dict[str, Any]], every: float) -> None:

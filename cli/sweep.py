@@ -115,9 +115,15 @@ def submit(
     planned = _affordable(planned, Store(store), max_gpu_hours, fit)
     if on is Place.slurm:
         return _on_slurm(planned, Store(store), profile, dry_run, json, failed=False)
+    _no_profile(profile)
     if dry_run:
         return _tell_plan(planned, store, json)
     _run(planned, Store(store), jobs, json, retry=False)
+
+
+def _no_profile(profile: Path | None) -> None:
+    if profile is not None:
+        raise UserError(f"--profile {profile}: only with --on slurm (without it runs go on this machine)")
 
 
 def _affordable(planned: Sweep, store: Store, hours: float | None, fit: bool) -> Sweep:
@@ -166,6 +172,7 @@ def retry(
     planned, folder = make(artifacts or (), scale, parse_seeds(seeds), data_path=data), Store(store)
     if on is Place.slurm:
         return _on_slurm(planned, folder, profile, dry_run, json, failed=True)
+    _no_profile(profile)
     planned = failed_part(planned, folder)
     runs = ", ".join(planned.runs)
     note(f"to run again, with what waits for them: {runs}" if runs else "nothing has failed")
@@ -213,7 +220,11 @@ def _on_slurm(planned: Sweep, store: Store, profile: Path | None, dry_run: bool,
 
 
 def _hours(low: float, high: float) -> str:
-    return f"{low:.3g} to {high:.3g} GPU-hours"
+    return f"{low:.3g} to {high:.3g} GPU-hours" if high >= 0.01 else "less than 0.01 GPU-hours"
+
+
+def _runs_of(count: int) -> str:
+    return f"{count} run{'s' * (count != 1)}"
 
 
 def _tell(outcome: Outcome, dry_run: bool, json: bool, **facts: Any) -> None:
@@ -232,9 +243,14 @@ def _tell(outcome: Outcome, dry_run: bool, json: bool, **facts: Any) -> None:
         states = Counter(s.state for i, s in outcome.survey.standings.items() if i not in report.submitted)
         rest = ", ".join(f"{count} {state}" for state, count in states.items())
         would = "would be submitted" if dry_run else "submitted"
-        print(f"{len(report.submitted)} runs {would} in {len(report.arrays)} arrays" + (f"; {rest}" if rest else ""))
+        arrays = f"{len(report.arrays)} array{'s' * (len(report.arrays) != 1)}"
+        print(f"{_runs_of(len(report.submitted))} {would} in {arrays}" + (f"; {rest}" if rest else ""))
+        if report.raced:
+            print(f"{_runs_of(len(report.raced))} had just been submitted by somebody else")
+        if report.later:
+            print(f"{_runs_of(len(report.later))} must wait for needs that are not in the queue yet: submit again then")
         if report.left:
-            print(f"{len(report.left)} more wait for room in the queue: submit again once some have ended")
+            print(f"{_runs_of(len(report.left))} more than the queue has room for: submit again once some have ended")
     for line in report.trouble:
         note(f"warning: {line}")
     if report.trouble:
@@ -254,7 +270,7 @@ def heal(
 ) -> None:
     """Put right what Slurm lost: adopt, release, end what waits in vain, submit lost runs again. For cron, too."""
     from sdae.store import Store
-    from slurm.look import last_submission
+    from slurm.look import last_submission, wanted
     from slurm.sweep import hand_over, profile_of
 
     folder = Store(store)
@@ -262,7 +278,7 @@ def heal(
     if last is None:
         note(f"{store}: nothing was handed to Slurm")
         return emit({}) if json else None
-    runs = _runs(artifacts, scale, seeds, folder, data)
+    runs = wanted(_runs(artifacts, scale, seeds, folder, data), folder)
     _tell(hand_over(runs, folder, profile_of(folder, profile), scale or last.scale, grace=grace), False, json)
 
 
@@ -271,11 +287,13 @@ def _runs(
 ) -> list[PlannedRun]:
     """The runs of a sweep; where none is named, those that this store handed to Slurm, if any."""
     from ablations.planner import plan as make
-    from slurm.look import recorded
+    from slurm.look import last_submission, recorded
 
     if not artifacts and scale is None and (runs := recorded(store)):
         return runs
-    return list(make(artifacts or (), scale or "smoke", parse_seeds(seeds), data_path=data).runs.values())
+    last = last_submission(store) if scale is None else None
+    scale = scale or (last.scale if last else "smoke")
+    return list(make(artifacts or (), scale, parse_seeds(seeds), data_path=data).runs.values())
 
 
 @app.command()
@@ -295,12 +313,15 @@ def cancel(
     found, identities = take_back(_runs(artifacts, scale, seeds, Store(store), data), Store(store))
     if identities and not yes:
         note(f"to be ended: {', '.join(identities[:8])}{', ..' if len(identities) > 8 else ''}")
-        if not typer.confirm(f"End {len(identities)} runs?", err=True):
-            raise typer.Exit(1)
+        try:
+            typer.confirm(f"End {_runs_of(len(identities))}?", abort=True, err=True)
+        except typer.Abort:
+            note("nothing was cancelled (--yes does not ask)")
+            raise typer.Exit(1) from None
     ended = end(identities, found) if identities else []
     if json:
         return emit({"cancelled": ended})
-    print(f"{len(ended)} runs ended")
+    print(f"{_runs_of(len(ended))} ended")
 
 
 @app.command()

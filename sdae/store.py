@@ -219,9 +219,14 @@ class RunFolder:
 
     @property
     def dispossessed(self) -> bool:
-        """Whether another process has taken this one for dead, and the run over: then nothing more may be written."""
-        claim = read_json(self.path / "claim.json") if self.token else None
-        return claim is not None and _token(claim) != self.token
+        """Whether another process has taken this one for dead, and the run over: then nothing more may be written.
+
+        Our claim is then another's, or gone with the end of that one.
+        """
+        try:
+            return bool(self.token) and _token(read_json(self.path / "claim.json")) != self.token
+        except OSError:  # cannot be told now
+            return False
 
     def _take(self, file: Path, fresh: Path) -> bool:
         """Makes `fresh` the claim where there is none, or where the one that there is belongs to a dead process.

@@ -5,8 +5,8 @@ Slurm answers, says no (`Refused`), or does not answer in time (`Busy`: what was
 
 from __future__ import annotations
 
-import getpass
 import os
+import pwd
 import re
 import shutil
 import subprocess
@@ -51,10 +51,15 @@ class Task:
     submitted: float = 0.0
     started: float = 0.0
     ended: float = 0.0
+    user: str = ""  # whose it is, where that was told
 
     @property
     def id(self) -> str:
         return f"{self.job}_{self.index}"
+
+    @property
+    def ours(self) -> bool:
+        return self.user in ("", me())
 
 
 @dataclass(frozen=True)
@@ -95,22 +100,26 @@ class Slurm:
         """Job id of the array that a script became."""
         return self.call("sbatch", "--parsable", str(script)).strip().split(";")[0]
 
-    def queue(self) -> list[Task]:
-        """This user's tasks that are waiting or running: one squeue."""
-        user = ("--user", str(os.getuid()))
-        text = self.call("squeue", *user, "--array", "--noheader", "--format", "%j|%F|%K|%T|%r|%N|%V|%S")
+    def queue(self, users: Iterable[str] = ()) -> list[Task]:
+        """Tasks that are waiting or running, this user's and those of `users`: one squeue."""
+        whose = f"--user={','.join(sorted({me(), *users}))}"
+        text = self.call("squeue", whose, "--array", "--noheader", "--format=%j|%F|%K|%T|%r|%N|%u|%V|%S")
         tasks = []
-        for name, job, index, state, reason, node, submitted, started in _rows(text, 8):
+        for name, job, index, state, reason, node, user, submitted, started in _rows(text, 9):
             if index.isdigit():
                 times = (_seconds(submitted), _seconds(started))
-                tasks.append(Task(name, job, int(index), state, reason, "", node, *times))
+                tasks.append(Task(name, job, int(index), state, reason, "", node, *times, user=user))
         return tasks
 
-    def history(self, names: Sequence[str], since: float) -> list[Task] | None:
-        """What accounting knows of jobs of these names, the oldest first: one sacct. None: there is no accounting."""
+    def history(self, names: Sequence[str], since: float, jobs: Sequence[str] = ()) -> list[Task] | None:
+        """What accounting knows of arrays of these names, the oldest first: one sacct. None: there is no accounting.
+
+        jobs: their ids, where all are known. Asked by name, sacct leaves out what has never been eligible to run.
+        """
         begin = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(since - 86400))  # clocks differ
         fields = "JobName,JobID,State,ExitCode,NodeList,Submit,Start,End"
-        options = ("--allocations", "--parsable2", "--noheader", "--duplicates", f"--name={','.join(names)}")
+        which = f"--jobs={','.join(jobs)}" if jobs else f"--name={','.join(names)}"
+        options = ("--allocations", "--allusers", "--parsable2", "--noheader", "--duplicates", which)
         try:
             text = self.call("sacct", *options, f"--starttime={begin}", f"--format={fields}")
         except Refused as error:
@@ -119,8 +128,11 @@ class Slurm:
             raise
         tasks = []
         for name, identity, state, code, node, *times in _rows(text, 8):
+            if name not in names:  # an id that Slurm has used again
+                continue
             for job, index in _array_tasks(identity):
-                tasks.append(Task(name, job, index, state.split()[0], state, code, node, *map(_seconds, times)))
+                when = [_seconds(time) for time in times]
+                tasks.append(Task(name, job, index, state.split()[0], state, code, node, when[0], when[1], when[2]))
         return sorted(tasks, key=lambda task: (task.submitted, task.started, task.ended or float("inf")))
 
     def cancel(self, ids: Iterable[str]) -> None:
@@ -144,13 +156,21 @@ class Slurm:
         config = self.config()
         counts = [int(config["MaxJobCount"])] if config.get("MaxJobCount", "").isdigit() else []
         try:
-            who = (f"user={getpass.getuser()}", f"cluster={config.get('ClusterName', '')}")
+            who = (f"user={me()}", f"cluster={config.get('ClusterName', '')}")
             text = self.call("sacctmgr", "--noheader", "--parsable2", "show", "assoc", *who, "format=MaxSubmitJobs")
             counts += [int(line) for line in text.split() if line.isdigit()]
         except (Refused, Busy, NoSlurm):
             pass  # no accounting; sbatch says so where it minds
         size = config.get("MaxArraySize", "")
         return Limits(max(1, int(size)) if size.isdigit() else Limits.array, min(counts, default=None))
+
+
+def me() -> str:
+    """This user's name, as Slurm has it."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return str(os.getuid())
 
 
 def environment(program: str) -> dict[str, str]:

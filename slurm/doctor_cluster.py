@@ -262,9 +262,10 @@ class _Doctor:
         else:
             fate = "a preempted job is cancelled; `sdae-cli sweep heal` submits it again"
         told = self.config.get("SlurmctldParameters", "") + self.config.get("PreemptParameters", "")
-        if "send_user_signal" not in told:
-            return f"{fate}; it is not warned, so what came after that checkpoint is done again"
-        warned = f"it is warned, and has GraceTime={grace} (KillWait where that is 0) to save"
+        signal = "the warning signal" if "send_user_signal" in told else "SIGTERM"
+        if "send_user_signal" in told and "REQUEUE" not in modes and self.profile.requeue:
+            fate = "a preempted job requeues itself where nodes have scontrol, else `sdae-cli sweep heal` submits again"
+        warned = f"{signal} comes first, and it has GraceTime={grace} (KillWait where that is 0) to save"
         short = _seconds(grace) < self.profile.warn_seconds
         return f"{fate}; {warned}" + f", less than warn_seconds: {self.profile.warn_seconds}" * short
 

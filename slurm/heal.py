@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from ablations.planner import PlannedRun
-from slurm.cluster import Slurm
-from slurm.ledger import CANCELLED, Ledger, Reservation
+from slurm.cluster import Slurm, me
+from slurm.ledger import CANCELLED, WITHDRAWN, Ledger, Reservation
 from slurm.look import Survey
+from slurm.reconcile import stuck
 
 
 def mend(found: Survey, slurm: Slurm) -> list[str]:
@@ -16,39 +17,53 @@ def mend(found: Survey, slurm: Slurm) -> list[str]:
     ledger, done = Ledger(found.store), []
     queue = found.queue or ()
     for submission in found.submissions.values():
-        jobs = sorted({task.job for task in queue if task.name == submission.name}, key=int)
-        if jobs and submission.job is None and not submission.submitter_lives:
+        jobs = sorted({task.job for task in queue if task.name == submission.name and task.ours}, key=int)
+        if jobs and submission.job is None and not submission.awaited:
             submission.job = jobs[0]
             ledger.write(submission)
             done.append(f"array {jobs[0]} is {submission.name}, whose sbatch had not answered")
         if twice := [job for job in jobs if submission.job is not None and job != submission.job]:
             slurm.cancel(twice)
             done.append(f"{submission.name} was taken twice: {', '.join(twice)} ended, {submission.job} goes on")
-    stuck = {i: s for i, s in found.standings.items() if s.stuck and s.task}
-    never = [i for i, s in stuck.items() if s.stuck == "cancel"]
-    done += [f"{i} waited for a task that did not end well: taken back" for i in cancel(never, found, slurm)]
-    held = {i: s.task.id for i, s in stuck.items() if s.stuck == "release" and s.task}
+    never = [i for i, s in found.standings.items() if s.stuck == "cancel"]
+    done += [f"{i} waited for a task that did not end well: taken back" for i in cancel(never, found, slurm, WITHDRAWN)]
+    vain = list(_vain(found, ledger))  # whose runs were taken back before, but Slurm did not hear of it
+    slurm.cancel(vain)
+    done += [f"task {task} waited in vain for a run that it has no more: ended" for task in vain]
+    held = {i: s.task.id for i, s in found.standings.items() if s.stuck == "release" and s.task and s.task.ours}
     slurm.release(held.values())
     done += [f"{i}: task {task} was held after a failed launch: released" for i, task in held.items()]
     return done
 
 
+def _vain(found: Survey, ledger: Ledger) -> Iterator[str]:
+    for task in filter(lambda task: task.ours, found.queue or ()):
+        token = task.name.removeprefix("sdae-")
+        if stuck(task) and token != task.name and (submission := ledger.read(token)) is not None:
+            identity = submission.runs[task.index]
+            if ledger.lost(identity, token) or found.store.run(identity).done:
+                yield task.id
+
+
 def cancellable(found: Survey) -> list[str]:
-    """Runs of a survey that are in the queue, or on their way into it."""
-    spots = found.spots()
+    """Runs of a survey that this user has in the queue, or on their way into it."""
+    spots, mine = found.spots(), {s.token for s in found.submissions.values() if s.user == me()}
     return [
         i for i, s in found.standings.items()
-        if i in spots or (s.state in ("queued", "waiting") and i in found.reservations and not s.open)
+        if i in found.reservations and found.reservations[i].token in mine
+        and (i in spots or (s.state in ("queued", "waiting") and not s.open))
     ]  # fmt: skip
 
 
-def cancel(identities: Iterable[str], found: Survey, slurm: Slurm) -> list[str]:
+def cancel(identities: Iterable[str], found: Survey, slurm: Slurm, token: str = CANCELLED) -> list[str]:
     """Takes runs away from their tasks, then ends these: a task that starts all the same finds its run gone."""
-    ledger, spots, ended = Ledger(found.store), found.spots(), []
+    ledger, ended = Ledger(found.store), []
+    queued = {task.id for task in found.queue or () if task.ours}
     for identity in identities:
-        if ledger.reserve(identity, found.reservations.get(identity, Reservation()), CANCELLED):
+        if ledger.reserve(identity, found.reservations.get(identity, Reservation()), token):
             ended.append(identity)
-    slurm.cancel(f"{job}_{index}" for job, index in (spots[i] for i in ended if i in spots))
+    tasks = (found.standings[identity].task for identity in ended)
+    slurm.cancel(task.id for task in tasks if task is not None and task.id in queued)
     return ended
 
 

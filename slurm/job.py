@@ -15,15 +15,16 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import submitit
 from submitit.core.utils import DelayedSubmission
 
-from sdae.errors import RunFailed
+from sdae.errors import Interrupted, RunFailed
 from sdae.store import GRACE_SECONDS, SUBMISSION, RunFolder, Store
 from slurm.ledger import Ledger, Submission
-from slurm.reconcile import PATIENCE, stalled
+from slurm.reconcile import LOST, PATIENCE, stalled
 from slurm.worker import record, run
 
 POLL = 2.0  # seconds between two looks at the store
@@ -65,17 +66,30 @@ class SweepJob:
             pickle.with_suffix(".pkl.save_tmp").unlink(missing_ok=True)
         requeue = signal.getsignal(signal.SIGUSR2)  # submitit's handler; the training loop has its own meanwhile
         attempt = Attempt(Store(self.store), self.token, Place.here())
-        refusal = attempt.begin() if attempt.place.rank == 0 else attempt.follow()
-        if refusal is not None:
-            return refusal
-        outcome = attempt.execute()
+        if attempt.place.rank == 0:
+            signal.signal(signal.SIGUSR2, _interrupt)  # what comes while it waits or loads must be noted, too
+        try:
+            refusal = attempt.begin() if attempt.place.rank == 0 else attempt.follow()
+            if refusal is not None:
+                return refusal
+            outcome = attempt.execute()
+        except Interrupted as error:
+            outcome = {"outcome": "interrupted", "signals": error.signals}
+        finally:
+            signal.signal(signal.SIGUSR2, requeue)
         if attempt.place.rank:
             return str(outcome["outcome"])
         return attempt.end(outcome, lambda: requeue(signal.SIGUSR2, None))  # type: ignore[operator, misc]
 
 
+def _interrupt(number: int, _frame: FrameType | None) -> None:
+    raise Interrupted("told to stop before the first step", [number])
+
+
 class Attempt:
     """One start of one task."""
+
+    begun = float("inf")  # when it came to execute its run, after waiting for others
 
     def __init__(self, store: Store, token: str, place: Place):
         self.store, self.token, self.place = store, token, place
@@ -94,6 +108,7 @@ class Attempt:
         if refusal is None and stalled(self.folder.notes(), self.folder.saved_step) >= PATIENCE:
             self._fail("NoProgress", f"{PATIENCE} attempts brought no checkpoint after step {self.folder.saved_step}")
         if refusal is None:
+            self.begun = time.time()
             self._note("start")
         else:
             self._note("end", outcome=refusal)
@@ -116,12 +131,16 @@ class Attempt:
             time.sleep(POLL)
         if self.folder.done:
             return "done"
-        return "superseded" if self._superseded() else None
+        if self._superseded():
+            return "superseded"
+        failure = self.folder.failure() or {}  # in an array that Slurm took as well, before it was known which counts
+        failed = failure.get("submission") == self.token and failure.get("class") not in LOST
+        return "failed" if failed and not self.place.restart else None
 
     def _superseded(self) -> bool:
         """Whether the run has been given to another array, or this array is one that Slurm took twice."""
         submission = self.ledger.read(self.token) or self.submission
-        return self.ledger.holder(self.folder.id).token != self.token or submission.job not in (None, self.place.job)
+        return self.ledger.lost(self.folder.id, self.token) or submission.job not in (None, self.place.job)
 
     def follow(self) -> str | None:
         """What rank 0 found, for the other ranks."""
@@ -159,7 +178,7 @@ class Attempt:
         limit = 60 * self.submission.minutes - self.submission.warn_seconds - SLACK
         timed_out = signal.SIGTERM not in signals and time.time() - self.place.began >= limit
         step = self.folder.saved_step
-        if timed_out and stalled(self.folder.notes(), step):
+        if timed_out and time.time() - self.begun >= limit and stalled(self.folder.notes(), step):
             minutes = self.submission.minutes
             self._fail(
                 "NoProgress",
@@ -176,7 +195,8 @@ class Attempt:
             message = (
                 f"its state is saved, but job {self._job} could not be requeued on {socket.gethostname()}: {cause}"
             )
-            self.folder.fail(kind, f"{message}; `sdae-cli sweep heal` submits it again", submission=self.token)
+            if not (self._superseded() or self.folder.claimed()):  # else it is another's by now
+                self.folder.fail(kind, f"{message}; `sdae-cli sweep heal` submits it again", submission=self.token)
             raise RunFailed(message) from error
 
     def _wait_for_slurm(self) -> None:

@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 import socket
+import time
 import uuid
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -24,8 +25,13 @@ from typing import Any
 
 from sdae.errors import UserError
 from sdae.store import Store, process_start, read_json, to_json, write_atomically
+from slurm.cluster import me
 
-CANCELLED = "cancelled"  # the token of a reservation that takes a run away from its job
+SUBMITTING = 600.0  # seconds that a submitter on another machine may take to call sbatch
+# Tokens of reservations that take a run away from its job: by a user, or because its need failed (`heal` hands it over
+# again as soon as that is done)
+CANCELLED, WITHDRAWN = "cancelled", "withdrawn"
+FREE = ("", CANCELLED, WITHDRAWN)  # whose runs nobody has
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,7 @@ class Submission:
     target: str
     scale: str
     job: str | None = None
+    user: str = field(default_factory=me)
     host: str = field(default_factory=socket.gethostname)
     pid: int = field(default_factory=os.getpid)
     started: str | None = field(default_factory=lambda: process_start(os.getpid()))
@@ -60,9 +67,21 @@ class Submission:
         return job_name(self.token)
 
     @property
+    def here(self) -> bool:
+        """Whether it was handed over on this machine, so that one can tell whether its submitter lives."""
+        return self.host == socket.gethostname()
+
+    @property
     def submitter_lives(self) -> bool:
         """Whether the process that is to call sbatch is still there, as far as it can be told from here."""
-        return self.host == socket.gethostname() and process_start(self.pid) == self.started
+        return self.here and process_start(self.pid) == self.started
+
+    @property
+    def awaited(self) -> bool:
+        """Whether a submitter may yet write the job id: nothing is known of those on other machines."""
+        if self.here:
+            return self.submitter_lives
+        return time.time() - self.time < SUBMITTING
 
 
 def job_name(token: str) -> str:
@@ -106,9 +125,30 @@ class Ledger:
 
     def holder(self, identity: str) -> Reservation:
         """The highest reservation of one run."""
-        numbers = [int(link.name.rpartition(".")[2]) for link in self.links.glob(f"{identity}.*")]
-        number = max(numbers, default=0)
-        return Reservation(number, os.readlink(self.links / f"{identity}.{number}")) if number else Reservation()
+        tokens = self._tokens(identity)
+        number = max(tokens, default=0)
+        return Reservation(number, tokens[number]) if number else Reservation()
+
+    def lost(self, identity: str, token: str) -> bool:
+        """Whether a run was this token's and is not any more; what a late file system does not show yet is no proof."""
+        tokens = list(self._tokens(identity).values())
+        return token in tokens and tokens[-1] != token
+
+    def orderer(self, identity: str, reservation: Reservation) -> str:
+        """The token of the array from which a run was taken."""
+        for number in range(reservation.number, 0, -1):
+            with contextlib.suppress(FileNotFoundError):  # taken back
+                if (token := os.readlink(self.links / f"{identity}.{number}")) not in FREE:
+                    return token
+        return ""
+
+    def _tokens(self, identity: str) -> dict[int, str]:
+        """By number, in order; without those that are taken back meanwhile."""
+        found = {}
+        for number in sorted(int(link.name.rpartition(".")[2]) for link in self.links.glob(f"{identity}.*")):
+            with contextlib.suppress(FileNotFoundError):
+                found[number] = os.readlink(self.links / f"{identity}.{number}")
+        return found
 
     def reserve(self, identity: str, after: Reservation, token: str) -> bool:
         """Whether the run is now `token`'s; not, where another has taken it since `after` was read."""

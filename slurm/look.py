@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,10 +10,11 @@ from pathlib import Path
 
 from ablations.planner import PlannedRun
 from sdae.config import dump, parse
+from sdae.errors import UserError
 from sdae.store import GRACE_SECONDS, RunFolder, Store
 from slurm.cluster import Busy, NoSlurm, Refused, Slurm, Task
-from slurm.ledger import CANCELLED, Ledger, Reservation, Submission
-from slurm.reconcile import Seen, Standing, judge, with_needs
+from slurm.ledger import CANCELLED, FREE, Ledger, Reservation, Submission
+from slurm.reconcile import LOST, Seen, Standing, judge, missed, with_needs
 from slurm.worker import record
 
 
@@ -29,7 +31,7 @@ class Survey:
 
     @property
     def queued(self) -> int:
-        return len(self.queue or ())
+        return sum(task.ours for task in self.queue or ())
 
     def spots(self) -> dict[str, tuple[str, int]]:
         """Where in the queue runs are that will end by themselves."""
@@ -57,22 +59,24 @@ def survey(
     held = {
         run.id: found.reservations[run.id]
         for run in runs
-        if states[run.id] != "done" and found.reservations.get(run.id, Reservation()).token not in ("", CANCELLED)
+        if states[run.id] != "done" and found.reservations.get(run.id, Reservation()).token not in FREE
     }
     history: list[Task] | None = []
     if held:
-        for token in {reservation.token for reservation in held.values()}:
+        for token in sorted({reservation.token for reservation in held.values()}):
             if (submission := ledger.read(token)) is not None:
                 found.submissions[token] = submission
         places = _places(held, found.submissions)
         try:
             slurm = slurm or Slurm()
-            found.queue = slurm.queue()
+            found.queue = slurm.queue({submission.user for submission in found.submissions.values()})
             there = {(task.name, task.index) for task in found.queue}
             gone = [i for i in held if states[i] in ("new", "started", "failed") and places.get(i) not in there]
             if tokens := {held[i].token for i in gone} & found.submissions.keys():
                 known = [found.submissions[token] for token in sorted(tokens)]
-                history = slurm.history([s.name for s in known], min(s.time for s in known))
+                jobs = [s.job for s in known if s.job is not None]
+                since = min(s.time for s in known)
+                history = slurm.history([s.name for s in known], since, jobs if len(jobs) == len(known) else ())
         except (Busy, Refused, NoSlurm) as error:
             found.queue, found.trouble = None, str(error)
         rows, past = _by_place(found.queue or ()), _by_place(history or ())
@@ -126,30 +130,51 @@ def _seen(store: Store, run: PlannedRun, state: str) -> Seen:
 
 
 def settle(found: Survey, runs: Iterable[PlannedRun]) -> list[str]:
-    """Writes down what Slurm said of runs that ended without a word, as sacct forgets; returns their ids."""
+    """Writes down what Slurm said of runs that ended without a word, as sacct forgets; returns their ids.
+
+    Slurm may miss a task for a moment, so that it did is noted the first time, and unsaid once it has it again.
+    """
     store, settled = found.store, []
     ledger = Ledger(store)
     for run in runs:
-        verdict, folder = found.standings[run.id].verdict, store.run(run.id)
-        if verdict is not None and not folder.done and not folder.claimed():
-            token = found.reservations[run.id].token
-            if ledger.holder(run.id).token == token:
+        standing, folder = found.standings[run.id], store.run(run.id)
+        token = found.reservations.get(run.id, Reservation()).token
+        there = standing.state in ("queued", "running", "waiting") and standing.task
+        with contextlib.suppress(OSError):
+            if standing.missed:
+                folder.note("missed", token=token)
+            elif there and missed(folder.notes(), token):
+                folder.note("seen", token=token)
+        verdict = standing.verdict
+        if verdict is not None and not folder.done and not folder.claimed() and ledger.holder(run.id).token == token:
+            try:
                 record(folder, dump(run.config), *verdict, token)
-                settled.append(run.id)
+            except UserError:  # who may only read leaves it to somebody who may write
+                continue
+            for_its_need = verdict[0] == "Lost" and run.needs  # then Slurm may have cancelled it
+            if verdict[0] in LOST and not for_its_need:
+                folder.note("lost", token=token, step=folder.saved_step)
+            settled.append(run.id)
     return settled
 
 
 def recorded(store: Store) -> list[PlannedRun]:
-    """The runs that are in the hands of an array, needs first, as they were handed over."""
+    """The runs that were handed over, needs first, as they were then."""
     ledger = Ledger(store)
-    reservations = ledger.reservations()
-    orders = {token: ledger.runs(token) for token in {r.token for r in reservations.values()}}
+    held = {i: ledger.orderer(i, r) if r.token in FREE else r.token for i, r in ledger.reservations().items()}
+    orders = {token: ledger.runs(token) for token in set(held.values())}
     runs = []
-    for identity, reservation in reservations.items():
-        if (order := orders[reservation.token].get(identity)) is not None:
+    for identity, token in held.items():
+        if (order := orders[token].get(identity)) is not None:
             needs, feeds = tuple(order["needs"]), list(order["feeds"])
             runs.append(PlannedRun(identity, parse(order["config"], identity), needs, feeds))
     return sorted(runs, key=lambda run: (len(run.needs), run.id))
+
+
+def wanted(runs: Iterable[PlannedRun], store: Store) -> list[PlannedRun]:
+    """The runs without those that a user has cancelled."""
+    reservations = Ledger(store).reservations()
+    return [run for run in runs if reservations.get(run.id, Reservation()).token != CANCELLED]
 
 
 def find(store: Store, prefix: str) -> RunFolder:
@@ -162,7 +187,7 @@ def find(store: Store, prefix: str) -> RunFolder:
 
 def queued(store: Store, identity: str) -> bool:
     """Whether a run has been handed to Slurm."""
-    return Ledger(store).holder(identity).token not in ("", CANCELLED)
+    return Ledger(store).holder(identity).token not in FREE
 
 
 def log_of(store: Store, identity: str) -> Path:

@@ -12,10 +12,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from slurm.cluster import Task
-from slurm.ledger import CANCELLED, Reservation, Submission
+from slurm.ledger import FREE, SUBMITTING, Reservation, Submission
 
 LAG = 60.0  # seconds after its end in which an ended job's files may still be invisible here, or Slurm requeue it
-SUBMITTING = 600.0  # seconds that a submitter on another machine may take to call sbatch
 PATIENCE = 5  # attempts without a new checkpoint before a run counts as failed
 
 ALIVE = {
@@ -33,6 +32,7 @@ CLASSES = {
     "BOOT_FAIL": "NodeFailure", "LAUNCH_FAILED": "NodeFailure", "RECONFIG_FAIL": "NodeFailure",
     "PREEMPTED": "Preempted", "CANCELLED": "Cancelled",
 }  # fmt: skip
+DEADLY = {4, 6, 7, 8, 9, 11, 15}  # signals that a process dies of, and which its own exit codes are not
 HELD = "launch failed requeued held"
 NEVER = "DependencyNeverSatisfied"
 
@@ -64,6 +64,7 @@ class Standing:
     stuck: str | None = None
     detail: str = ""
     free: bool = False  # waits, but in nobody's queue
+    missed: bool = False  # Slurm should know of its task, but did not when it was asked
 
     @property
     def open(self) -> bool:
@@ -87,7 +88,7 @@ def judge(
         return Standing(seen.state, task)
     if seen.state == "failed" and seen.submission in (held.token, None):
         return Standing("lost" if seen.failure in LOST else "failed", task)
-    if held.token in ("", CANCELLED):
+    if held.token in FREE:
         return Standing("started" if seen.state == "failed" else seen.state)
     if task is not None:
         return _queued(task, seen)
@@ -98,36 +99,39 @@ def judge(
         if now - max(task.ended, seen.heard) < min(LAG, grace):
             return Standing("running", task, detail="ends")
         return _ended(task, seen, held)
-    notes = [float(note["time"]) for note in seen.notes]
+    attempts = [note for note in seen.notes if note["event"] in ("start", "end")]
+    noted = [float(note["time"]) for note in seen.notes]
     known = (task.submitted, task.started, task.ended) if task else ()
-    heard = max((held.time, submission.time if submission else 0.0, seen.heard, *notes, *known))
+    heard = max((held.time, submission.time if submission else 0.0, seen.heard, *noted, *known))
     unsent = submission is None or submission.job is None
-    if unsent and task is None and not notes:
+    if unsent and task is None and not attempts:
         lives = submission is not None and submission.submitter_lives
-        if lives or now - heard < max(grace, SUBMITTING):
+        patience = grace if submission is not None and submission.here else max(grace, SUBMITTING)
+        if lives or now - heard < patience:  # an sbatch that has outlived its submitter may yet succeed
             return Standing("queued", detail="is being submitted")
         return Standing("started", detail="was never submitted")
     if now - heard < grace:
         return Standing("running" if seen.heard or (task and task.started) else "queued", task, detail="awaited")
+    if not missed(seen.notes, held.token):
+        return Standing("running" if seen.heard else "queued", task, detail="awaited", missed=True)
+    if outcome := _outcome(seen, held):
+        return Standing("started", task, detail=outcome)
     what = f"job {task.id if task else submission and submission.job}"
     told = f" ({task.state} is the last that sacct has)" if task else ""
     return _failed("Lost", f"{what} is gone without a trace{told}", task, seen, held)
 
 
 def _chosen(tasks: Sequence[Task], submission: Submission | None) -> Task | None:
-    """The last of the rows; that of the recorded array, where Slurm has taken one twice."""
-    own = [task for task in tasks if submission is not None and task.job == submission.job]
-    rows = own or list(tasks)
+    """The last of the rows; of those of the recorded array alone, as Slurm may have taken one twice."""
+    known = submission.job if submission is not None else None
+    rows = [task for task in tasks if known in (None, task.job)]
     return rows[-1] if rows else None
 
 
 def _queued(task: Task, seen: Seen) -> Standing:
     if task.state in WAITING:
-        if task.reason == NEVER:
-            return Standing("waiting", task, stuck="cancel", detail=NEVER)
-        if task.reason.lower() == HELD or task.state == "REQUEUE_HOLD":
-            return Standing("queued", task, stuck="release", detail=task.reason)
-        return Standing("queued" if seen.needs_done else "waiting", task, detail=task.reason)
+        waits = "queued" if seen.needs_done and task.reason != NEVER else "waiting"
+        return Standing(waits, task, stuck=stuck(task), detail=task.reason)
     if task.state in ALIVE or task.state in ENDED:  # squeue shows ended jobs for some minutes
         if task.state in ENDED and task.state != "COMPLETED":
             return Standing("running", task, detail=f"ends: {task.state}")
@@ -135,16 +139,22 @@ def _queued(task: Task, seen: Seen) -> Standing:
     return Standing("unknown", task, detail=task.state)
 
 
+def stuck(task: Task) -> str | None:
+    """What must be done about a task that waits and will not start by itself."""
+    if task.state in WAITING and task.reason == NEVER:
+        return "cancel"
+    held = task.state in WAITING and task.reason.lower() == HELD
+    return "release" if held or task.state == "REQUEUE_HOLD" else None
+
+
 def _ended(task: Task, seen: Seen, held: Reservation) -> Standing:
-    mine = [note for note in seen.notes if note.get("token") == held.token]
-    last = mine[-1] if mine else {}
     if not seen.needs_done and task.state != "CANCELLED":
         return Standing("started", task, detail="its need is not done")
     kind = CLASSES.get(task.state)
     if task.state == "CANCELLED" and " by " not in task.reason:  # by Slurm: kill-on-invalid-dep
         return Standing("started", task, detail="its dependency was not met")
-    if kind is None and last.get("event") == "end" and last.get("outcome") != "failed":
-        return Standing("started", task, detail=str(last.get("outcome")))
+    if kind is None and (outcome := _outcome(seen, held)):
+        return Standing("started", task, detail=outcome)
     if kind is None:
         if number := _signal(task.code):
             kind, how = "Killed", f"was killed by signal {number} (9: often out of memory)"
@@ -157,31 +167,45 @@ def _ended(task: Task, seen: Seen, held: Reservation) -> Standing:
     return _failed(kind, f"job {task.id} ended as {task.state}{where}", task, seen, held)
 
 
+def _outcome(seen: Seen, held: Reservation) -> str:
+    """How the last attempt of this reservation ended by its own word, if it did and was no failure."""
+    mine = [n for n in seen.notes if n.get("token") == held.token and n["event"] in ("start", "end")]
+    outcome = str(mine[-1].get("outcome", "")) if mine else ""
+    return "" if outcome == "failed" else outcome
+
+
 def _signal(code: str) -> int:
-    """The signal in sacct's EXIT:SIGNAL, 0 where it was none; a shell exits with 128 + the signal that its child died of."""
+    """The signal in sacct's EXIT:SIGNAL, or 0. The job script exits with 128 + the signal that its step died of, and
+    sacct takes 128 off: 137 is told as 9:0."""
     first, _, second = (int(part) if part.isdigit() else 0 for part in code.partition(":"))
-    return second or max(0, first - 128)
+    return second or (first % 128 if first % 128 in DEADLY else 0)
 
 
 def _failed(kind: str, message: str, task: Task | None, seen: Seen, held: Reservation) -> Standing:
     """Lost where the run is not to blame and gets on; else failed."""
     if kind in LOST:
         count = stalled(seen.notes, seen.step)
-        tries = count or held.number
+        tries = max(count, 1 + stalled(seen.notes, seen.step, "lost"))
         if tries >= (1 if kind == "TimedOut" and count else PATIENCE):
             message = f"{message}; {tries} attempt(s) brought no checkpoint after step {seen.step}"
             return Standing("failed", task, ("NoProgress", message))
     return Standing("lost" if kind in LOST else "failed", task, (kind, message))
 
 
-def stalled(notes: Sequence[Mapping[str, Any]], step: int) -> int:
-    """How many attempts in a row began at this step, since the run was last retried."""
+def stalled(notes: Sequence[Mapping[str, Any]], step: int, event: str = "start") -> int:
+    """How many attempts in a row began (`start`) or were lost at this step, since the run was last retried."""
     count = 0
     for note in reversed(notes):
-        if note["event"] == "retry" or (note["event"] == "start" and note["step"] != step):
+        if note["event"] == "retry" or (note["event"] in ("start", "lost") and note["step"] != step):
             break
-        count += note["event"] == "start"
+        count += note["event"] == event
     return count
+
+
+def missed(notes: Sequence[Mapping[str, Any]], token: str) -> bool:
+    """Whether the last that was noted is that Slurm did not know of this array's task."""
+    last = notes[-1] if notes else {}
+    return last.get("event") == "missed" and last.get("token") == token
 
 
 def with_needs(standing: Standing, needs: Sequence[str]) -> Standing:

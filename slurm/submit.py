@@ -33,7 +33,7 @@ from slurm.snapshot import snapshot
 
 PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # seconds between tries while Slurm does not answer
 REQUEUES = 1_000_000  # that submitit allows; whether a run gets on is seen in its checkpoints (`slurm.job`)
-TOO_MANY = re.compile(r"submit ?(job)?s? ?limit|MaxSubmit", re.I)
+TOO_MANY = re.compile(r"(Assoc|QOS)\w*Submit")  # the words after it are the same for every limit
 
 Spot = tuple[str, int]  # array job and index
 
@@ -61,11 +61,13 @@ class Array:
 
 @dataclass
 class Report:
-    """What became of a submission. arrays: as told by `describe`. left: runs for which Slurm has no room now."""
+    """What became of a submission. arrays: as told by `describe`. raced: runs that somebody else submitted meanwhile.
+    later: runs whose needs are not in the queue yet. left: runs for which Slurm has no room now."""
 
     arrays: list[dict[str, Any]] = field(default_factory=list)
     submitted: list[str] = field(default_factory=list)
     raced: list[str] = field(default_factory=list)
+    later: list[str] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
     trouble: list[str] = field(default_factory=list)
 
@@ -167,7 +169,7 @@ def dry_run(runs: Sequence[PlannedRun], store: Store, profile: Profile, limits: 
     """What `submit` would do; nothing is written. Job ids are not known, so arrays are called JOB1, JOB2, .."""
     report, ledger, spots = Report(), Ledger(store), survey.spots()
     code = snapshot(ledger, make=False)
-    runs, report.left = within(runs, limits, survey)
+    runs, report.left = within(runs, limits, survey.queued)
     for level in levels(runs):
         for array in arrays(level, spots, profile, limits):
             job = f"JOB{len(report.arrays) + 1}"
@@ -177,9 +179,9 @@ def dry_run(runs: Sequence[PlannedRun], store: Store, profile: Profile, limits: 
     return report
 
 
-def within(runs: Sequence[PlannedRun], limits: Limits, survey: Survey) -> tuple[list[PlannedRun], list[str]]:
+def within(runs: Sequence[PlannedRun], limits: Limits, queued: int) -> tuple[list[PlannedRun], list[str]]:
     """The runs for which the queue has room, needs first, and the ids of the others."""
-    room = len(runs) if limits.tasks is None else max(0, limits.tasks - survey.queued)
+    room = len(runs) if limits.tasks is None else max(0, limits.tasks - queued)
     return list(runs[:room]), [run.id for run in runs[room:]]
 
 
@@ -197,7 +199,7 @@ def submit(
     """Submits runs that `chosen` has picked. Raises UserError where sbatch refuses; what was submitted stays so."""
     report, ledger, spots = Report(), Ledger(store), survey.spots()
     limits = slurm.limits()
-    runs, report.left = within(runs, limits, survey)
+    runs, report.left = within(runs, limits, survey.queued or len(slurm.queue()))
     if not runs:
         return report
     store.open()
@@ -205,7 +207,7 @@ def submit(
     code = snapshot(ledger)
     for level in levels(runs):
         reachable = [run for run in level if all(need in spots or store.run(need).done for need in run.needs)]
-        report.left += [run.id for run in level if run not in reachable]
+        report.later += [run.id for run in level if run not in reachable]
         waiting = arrays(reachable, spots, profile, limits)
         while waiting:
             array = waiting.pop(0)
@@ -214,7 +216,8 @@ def submit(
                 job = sender.send(survey.reservations, profile)
             except Refused as error:
                 if not TOO_MANY.search(str(error)):
-                    raise UserError(f"{error} ({len(report.submitted)} runs were submitted before)") from None
+                    before = f" ({len(report.submitted)} runs were submitted before)" if report.submitted else ""
+                    raise UserError(f"{error}{before}") from None
                 if len(array.runs) == 1:
                     report.left += [run.id for run in array.runs.values()]
                 else:  # there is room for fewer: halves keep their indices

@@ -15,6 +15,8 @@ from sdae.config import Config, parse
 from sdae.data.fingerprint import resolve
 from sdae.yamls import merge
 
+pytest_plugins = ("slurm_cluster",)
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 DECODER = {"decoder_depth": 1, "decoder_dim": 16, "decoder_heads": 2}
 TINY: dict[str, Any] = {

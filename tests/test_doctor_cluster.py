@@ -157,7 +157,7 @@ def test_names_that_nothing_enforces_are_no_fault(rows: Any) -> None:
 @pytest.mark.parametrize(
     ("mode", "config", "profile", "said"),
     [
-        ("REQUEUE", {}, "", "requeued by Slurm, and goes on from its last checkpoint; it is not warned"),
+        ("REQUEUE", {}, "", "requeued by Slurm, and goes on from its last checkpoint; SIGTERM comes first"),
         ("CANCEL", {}, "", "cancelled; `sdae-cli sweep heal` submits it again"),
         ("REQUEUE", {}, "requeue: false", "cancelled; `sdae-cli sweep heal`"),
         ("GANG,SUSPEND", {}, "", "suspended, and goes on by itself"),
@@ -232,9 +232,8 @@ def test_the_doctor_on_a_real_cluster(here: Cluster, tmp_path: Path) -> None:
     failed = {name for name, row in found.items() if row["ok"] is False}
     where = {f"{name} on short" for name in ("time", "cpus", "memory", "gpus", "nodes")}
     assert (code, failed) == (1, where | {"partition nope", "sbatch", "reservation"})
-    assert (
-        "cancelled; `sdae-cli sweep heal`" in doctor(tmp_path, "partition: spot\ntime: 1h")[1]["preemption"]["detail"]
-    )
+    spot = doctor(tmp_path, "partition: spot\ntime: 1h")[1]
+    assert "requeues itself where nodes have scontrol" in spot["preemption"]["detail"]
     assert "allowed: main, " in found["partition nope"]["detail"]
 
 

@@ -57,8 +57,11 @@ stop TERM "$dir/run/slurmdbd.pid"
 stop "$([ "${2-}" = --purge ] && echo KILL || echo TERM)" "$dir/run/mariadbd.pid"
 stop TERM "$dir/run/munged.pid"
 if [ "${2-}" = --purge ]; then
-    rest=$(grep -v "# one-machine $dir\$" /etc/hosts || true)
-    printf '%s\n' "$rest" > /etc/hosts
+    (
+        flock 9  # other clusters' lines
+        rest=$(grep -v "# one-machine $dir\$" /etc/hosts || true)
+        printf '%s\n' "$rest" > /etc/hosts
+    ) 9</etc/hosts
     rm -rf "$dir"
     say "$dir is down and removed"
 else

@@ -245,8 +245,11 @@ export SLURM_CONF=$dir/etc/slurm.conf
 # Jobs take the first name in SLURM_JOB_NODELIST for MASTER_ADDR, so it must resolve
 line="127.0.0.1$(printf ' node%d' $(seq "$nodes")) # one-machine $dir"
 if ! grep -qxF "$line" /etc/hosts; then
-    rest=$(grep -v "# one-machine $dir\$" /etc/hosts || true)
-    printf '%s\n%s\n' "$rest" "$line" > /etc/hosts  # not by sed -i: in a container it cannot be replaced
+    (
+        flock 9  # other clusters' lines
+        rest=$(grep -v "# one-machine $dir\$" /etc/hosts || true)
+        printf '%s\n%s\n' "$rest" "$line" > /etc/hosts  # not by sed -i: in a container it cannot be replaced
+    ) 9</etc/hosts
 fi
 
 # --- daemons (each with its own output: one that keeps ours would keep a pipe open for ever) ------------------------
