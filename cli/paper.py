@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +11,7 @@ from typing import Annotated
 import typer
 
 from cli.output import Json, ScaleName, StoreDir, emit, parse_seeds
+from cli.output import table as table_of
 
 app = typer.Typer(help="The paper's tables and figures, from the store.", no_args_is_help=True)
 SeedsOrAll = Annotated[str | None, typer.Option("--seeds", help="Seeds, e.g. 0,1,2; default: all in the store.")]
@@ -75,3 +77,24 @@ def figure(
         return emit(documents if full == "figure4" else documents[0])
     assert format is not None
     print("\n\n".join(render(panel, format.value).rstrip("\n") for panel in panels))
+
+
+@app.command()
+def audit(json: Json = False) -> None:
+    """The paper's sentences against its own tables, and its settings against the release's; what disagrees first."""
+    from analysis.audit import audit as examine
+    from analysis.audit import release
+
+    found = examine()
+    if json:
+        return emit(found)
+    verdicts = {False: "DISAGREES", None: "cannot be told", True: "agrees"}
+    order = list(verdicts)
+    for title, rows, keys in (
+        ("sentences", found, ["claim", "where", "found"]),
+        ("settings", release(), ["setting", "paper", "release"]),
+    ):
+        rows = sorted(rows, key=lambda row: order.index(row["agrees"]))
+        table_of(["", *keys], [[verdicts[row["agrees"]], *(row[key] for key in keys)] for row in rows], title)
+        counts = Counter(verdicts[row["agrees"]] for row in rows)
+        print(f"{len(rows)} {title}: {', '.join(f'{count} {what}' for what, count in counts.items())}\n")
