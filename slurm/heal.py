@@ -41,7 +41,9 @@ def _vain(found: Survey, ledger: Ledger) -> Iterator[str]:
         token = task.name.removeprefix("sdae-")
         if stuck(task) and token != task.name and (submission := ledger.read(token)) is not None:
             identity = submission.runs[task.index]
-            if ledger.lost(identity, token) or found.store.run(identity).done:
+            standing = found.standings.get(identity)
+            failed = standing is not None and standing.state == "failed"
+            if failed or ledger.lost(identity, token) or found.store.run(identity).done:
                 yield task.id
 
 

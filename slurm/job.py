@@ -133,9 +133,11 @@ class Attempt:
             return "done"
         if self._superseded():
             return "superseded"
-        failure = self.folder.failure() or {}  # in an array that Slurm took as well, before it was known which counts
+        # It may have failed meanwhile: in an array that Slurm took as well, or on a node that Slurm had given up
+        failure = self.folder.failure() or {}
         failed = failure.get("submission") == self.token and failure.get("class") not in LOST
-        return "failed" if failed and not self.place.restart else None
+        meanwhile = not self.place.restart or failure.get("time", 0.0) > self.place.began
+        return "failed" if failed and meanwhile else None
 
     def _superseded(self) -> bool:
         """Whether the run has been given to another array, or this array is one that Slurm took twice."""

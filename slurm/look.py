@@ -136,10 +136,12 @@ def settle(found: Survey, runs: Iterable[PlannedRun]) -> list[str]:
     """
     store, settled = found.store, []
     ledger = Ledger(store)
+    queued = {task.id for task in found.queue or ()}
     for run in runs:
         standing, folder = found.standings[run.id], store.run(run.id)
         token = found.reservations.get(run.id, Reservation()).token
-        there = standing.state in ("queued", "running", "waiting") and standing.task
+        # What sacct alone knows is not there: it tells of a task as waiting for ever that the controller has forgotten
+        there = standing.state in ("queued", "running", "waiting") and standing.task and standing.task.id in queued
         with contextlib.suppress(OSError):
             if standing.missed:
                 folder.note("missed", token=token)

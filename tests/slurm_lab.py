@@ -27,6 +27,7 @@ from unittest import mock
 from fake_slurm import EPOCH, Element, FakeSlurm, Faults, Process, World
 
 import sdae.store
+import slurm.heal
 import slurm.job
 import slurm.ledger
 import slurm.look
@@ -458,7 +459,7 @@ class _Real:
         self.done = RunFolder.done.fget  # type: ignore[attr-defined]
         self.reserve, self.forget, self.write = Ledger.reserve, Ledger.forget, Ledger.write
         self.reservations, self.holder, self.lost = Ledger.reservations, Ledger.holder, Ledger.lost
-        self.look, self.forgive = slurm.sweep.look, slurm.sweep.forgive
+        self.look, self.forgive = slurm.sweep.look, slurm.heal.forgive
 
 
 REAL = _Real()

@@ -237,10 +237,10 @@ def once(yard: Yard, identities: Iterable[str]) -> None:
         assert all(note["time"] <= written for note in notes if note["event"] == "start"), (written, notes)
 
 
-def eventually(act: Callable[[], object], condition: Callable[[], bool], seconds: float, every: float) -> None:
-    """Acts again and again, as cron would, until the condition holds."""
+def healed(yard: Yard, identities: Sequence[str], grace: float, seconds: float) -> None:
+    """Calls `sweep heal` again and again, as cron would, until these runs are done."""
     end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "not in time"
-        act()
-        time.sleep(every)
+    while not all(yard.run(identity).done for identity in identities):
+        assert time.monotonic() < end, f"not in time: {yard.rows()}\n{yard.tell(identities)}"
+        yard.heal(grace)
+        time.sleep(3)

@@ -22,9 +22,10 @@ from slurm import local
 HEAVY = ("torch", "torchvision", "timm", "pandas", "matplotlib", "scipy", "pyarrow")
 COMMANDS = [
     ["reproduce"], ["run"], ["parity"], ["doctor"], ["sweep", "list"], ["sweep", "plan"], ["sweep", "submit"],
-    ["sweep", "retry"], ["sweep", "status"], ["sweep", "logs"], ["sweep", "heal"], ["sweep", "cancel"], ["results", "collect"], ["results", "list"],
-    ["results", "show"], ["results", "compare"], ["results", "export"], ["paper", "table"], ["paper", "figure"], ["paper", "audit"],
-    ["data", "list"], ["weights", "import"], ["weights", "export"],
+    ["sweep", "retry"], ["sweep", "status"], ["sweep", "logs"], ["sweep", "heal"], ["sweep", "cancel"],
+    ["results", "collect"], ["results", "list"], ["results", "show"], ["results", "compare"], ["results", "export"],
+    ["paper", "table"], ["paper", "figure"], ["paper", "audit"], ["data", "list"], ["weights", "import"],
+    ["weights", "export"],
 ]  # fmt: skip
 
 

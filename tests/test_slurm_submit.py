@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from calling import ROOT, assert_refused
-from slurm_runs import Yard, checkout, ended, eventually, once, wrapper
+from slurm_runs import Yard, checkout, ended, healed, once, wrapper
 
 if TYPE_CHECKING:
     from slurm_cluster import Cluster
@@ -139,6 +139,7 @@ def test_arrays_are_split_where_slurm_wants_it(yard: Yard, cluster: Cluster) -> 
     """At MaxArraySize; and where a user may have no more jobs the rest is told, and submitted later."""
     runs = yard.ids(10)
     yard.profile(**HELD, array_parallelism=2)
+    cluster.cancel_all()
     cluster.run("sacctmgr", "--immediate", "add", "account", "few")
     try:
         cluster.run("sacctmgr", "--immediate", "add", "user", "root", "account=few", "MaxSubmitJobs=12")
@@ -265,7 +266,7 @@ def test_without_a_controller(yard: Yard, cluster: Cluster) -> None:
     finally:
         cluster.restart_controller()
     # It has not heard of what ended meanwhile, runs that again, and may end what waited for it
-    eventually(lambda: yard.heal(grace=10), lambda: all(yard.run(run).done for run in runs), 120, 5)
+    healed(yard, runs, 10, 120)
     once(yard, runs)
     assert all(yard.starts(run) == [0] for run in runs)
 
