@@ -122,6 +122,8 @@ def _execute(
     if world.first:
         from sdae.training.checkpoints import forget_states
 
+        if folder.dispossessed:  # we slept for longer than a claim holds: the result is its new owner's to write
+            raise Interrupted(f"{folder.id}: another process has taken the run over")
         folder.finish(result)
         forget_states(folder.checkpoints)
         say(folder, f"done in {result['time']['seconds']:.1f} s: {result['metrics']}")

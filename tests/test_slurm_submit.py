@@ -255,13 +255,17 @@ def test_without_a_controller(yard: Yard, cluster: Cluster) -> None:
     yard.stepped(runs[0], 3)
     os.kill(int((cluster.dir / "run" / "slurmctld.pid").read_text()), signal.SIGKILL)
     try:
-        words = ("own.yaml", "--on", "slurm", "--profile", "profile.yaml")
-        told = json.loads(yard.cli("sweep", "status", "--grace", 1, "--json").out)
+        words = ("own.yaml", "--on", "slurm", "--profile", "profile.yaml", "--seeds", "0,1")
+        shells = [
+            yard.start("sweep", *verb)  # squeue asks for a while
+            for verb in (("status", "--json"), ("submit", *words), ("heal", "--grace", 1), ("cancel", "--yes"))
+        ]
+        status, *others = map(ended, shells)
+        told = json.loads(status.out)
         assert "squeue: " in told["trouble"]
         assert told["counts"].keys() <= {"running", "unknown", "done"}
-        assert_refused(yard.cli("sweep", "submit", *words, "--seeds", "0,1"), "squeue: ", "nothing was submitted")
-        assert_refused(yard.cli("sweep", "heal", "--grace", 1), "squeue: ", "nothing was submitted")
-        assert_refused(yard.cli("sweep", "cancel", "--yes"), "squeue: ", "nothing was cancelled")
+        for called, what in zip(others, ("submitted", "submitted", "cancelled"), strict=True):
+            assert_refused(called, "squeue: ", f"nothing was {what}")
         yard.done(runs[:1])
     finally:
         cluster.restart_controller()
