@@ -119,12 +119,17 @@ def main() -> None:
             report, submit_calls = json.loads(text), bench.counts()
             left = bench.left()
             looks, status_calls = [], {}
+            before = sum(os.times()[2:4])
             for _ in range(options.repeats):
                 looks.append(bench.cli("sweep", "status", "--json")[0])
                 status_calls = bench.counts()
+            cpu_s = (sum(os.times()[2:4]) - before) / options.repeats
             again_s, again = bench.cli(*words)
-        finally:
-            cancel_s, cancelled = bench.cli("sweep", "cancel", "--yes", "--json")
+        except BaseException:
+            with contextlib.suppress(SystemExit):
+                bench.cli("sweep", "cancel", "--yes", "--json")
+            raise
+        cancel_s, cancelled = bench.cli("sweep", "cancel", "--yes", "--json")
         found: dict[str, Any] = {
             "runs": len(report["submitted"]),
             "arrays": [array["array"] for array in report["arrays"]],
@@ -133,6 +138,7 @@ def main() -> None:
             "submit_calls": submit_calls,
             "processes_left": left,
             "status_s": round(statistics.median(looks), 2),
+            "status_cpu_s": round(cpu_s, 2),
             "status_calls": status_calls,
             "submit_again_s": round(again_s, 2),
             "submitted_again": len(json.loads(again)["submitted"]),

@@ -101,12 +101,12 @@ def _run(config: Config, store: Store, folder: RunFolder, told: set[int]) -> dic
             step += 1
             chain = link(chain, step)
         time.sleep(now["pause"])
-        folder.write("heartbeat.json", {"time": time.time(), "step": step, "steps": now["steps"], **place()})
         if folder.dispossessed:
             os._exit(75)
         stop = told and not now["deaf"]
         if now["save"] and (stop or step % now["save"] == 0) and step < now["steps"]:
             _save(folder, chain, step)
+        folder.write("heartbeat.json", {"time": time.time(), "step": step, "steps": now["steps"], **place()})
         if stop and step < now["steps"]:
             raise Interrupted(f"{folder.id}: stopped at step {step}", told)
 
