@@ -31,10 +31,12 @@ reproduce: setup
 test: setup
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(if $(SLOW),,-m "not slow")
 
-# The long campaigns, outside CI: random schedules of a fake Slurm (goes on where it was cut off), faults on a real one.
+# The long campaigns, outside CI: random schedules of a fake Slurm (goes on where it was cut off), faults on a real
+# one, verdicts on planted truths.
 trust: setup
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/test_reconcile.py --schedules 10000
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/test_slurm_real.py --faults 200
+	@OMP_NUM_THREADS=1 $(BIN)/python docs/make_claims.py --universes 2000 --seed $$RANDOM --check
 
 lint: setup
 	$(BIN)/ruff check .

@@ -63,7 +63,10 @@ class Column:
 
 @dataclass
 class Artifact:
-    """`paper` (of a user's own artifact only): printed values by cell. `specs`: a cell's run and those it may need."""
+    """`paper`, `claims` (of a user's own artifact only): printed values by cell, and sentences to be tested.
+
+    `specs`: a cell's run and those it may need.
+    """
 
     name: str
     kind: str
@@ -75,6 +78,7 @@ class Artifact:
     paper: dict[str, float]
     specs: dict[str, tuple[str, dict[str, dict[str, Any]]]] = field(default_factory=dict, repr=False)
     path: str = ""
+    claims: list[dict[str, Any]] = field(default_factory=list, repr=False)
 
 
 class _Strict(BaseModel):
@@ -105,6 +109,7 @@ class ArtifactFile(_Strict):
     rows: Annotated[dict[str, RowFile], Field(min_length=1)]
     notes: list[str] = []
     paper: dict[str, float] = {}
+    claims: list[dict[str, Any]] = []
 
 
 METRICS = {
@@ -136,10 +141,12 @@ def load_artifact(name_or_path: str | Path, scale: str | Path | Scale = "paper")
         file = ArtifactFile.model_validate(read_yaml(path))
     except ValidationError as error:
         raise UserError(f"{path}: {explain(error, ArtifactFile)}") from None
-    if file.paper and not own:
-        raise UserError(f"{path}: paper: printed values of the suite's own artifacts live in analysis/paper")
+    if (file.paper or file.claims) and not own:
+        raise UserError(f"{path}: printed values and claims of the suite's own artifacts live in analysis/paper")
     scale = load_scale(scale)
-    artifact = Artifact(name, file.kind, file.title, [], [], {}, list(file.notes), {}, path=str(path))
+    artifact = Artifact(
+        name, file.kind, file.title, [], [], {}, list(file.notes), {}, path=str(path), claims=file.claims
+    )
     for key, column in file.columns.items():
         if (column.run is None) != (column.metric is None):
             raise UserError(f"{path}: columns.{key}: run and metric go together")

@@ -9,7 +9,7 @@ from typing import Any
 
 from ablations.planner import PlannedRun, Sweep
 from ablations.scale import PAPER_PICTURES
-from sdae.config import Config, dump
+from sdae.config import Config, dump, parse
 from sdae.models.flops import per_image
 from sdae.store import Store
 
@@ -35,8 +35,10 @@ def calibrate(store: Store) -> Calibration:
     for identity in store.ids():
         if identity.startswith("cost-"):
             folder = store.run(identity)
-            speed = ((folder.result() or {}).get("metrics") or {}).get("images_per_s")
-            if speed and (config := folder.config()) is not None:
+            result = folder.result() or {}
+            speed, values = (result.get("metrics") or {}).get("images_per_s"), result.get("config")
+            config = parse(values, f"{identity}/result.json") if values else folder.config() if speed else None
+            if speed and config is not None:
                 key = _network(config)
                 speeds[key] = min(speeds.get(key, float("inf")), speed * per_image(config))
     return speeds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,7 @@ from ablations.scale import (
     scale_tokens,
     tidy,
 )
-from sdae.config import Config, Data, Model, count_masked, parse, run_id
+from sdae.config import Config, Data, Model, count_masked, parse, run_id, science
 from sdae.errors import UserError
 from sdae.yamls import merge
 
@@ -96,6 +97,28 @@ def plan(
     return _Planner(scale, tuple(seeds), fingerprint).plan(list(loaded.values()))
 
 
+class _First:
+    """A planned run of one seed, from which those of other seeds are made: they differ in the seeds' keys alone."""
+
+    def __init__(self, config: Config, paper: dict[str, Any], origin: dict[str, Any]):
+        self.config, self.paper, self.origin = config, paper, origin
+        text = json.dumps(science(config), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        self.init = getattr(config, "init", None)
+        self.seed, self.need = f'"seed":{config.seed},"stage":', f'"run":"{self.init.run}"' if self.init else ""
+        self.text = text
+        assert self.again(config.seed, self.init and self.init.run)[0] == run_id(config)
+
+    def again(self, seed: int, need: str | None = None) -> tuple[str, Config]:
+        """Id and config of the run of this seed, whose need is this one."""
+        text = self.text.replace(self.seed, f'"seed":{seed},"stage":', 1)
+        update: dict[str, Any] = {"seed": seed}
+        if self.init and need:
+            text = text.replace(self.need, f'"run":"{need}"', 1)
+            update["init"] = self.init.model_copy(update={"run": need})
+        identity = f"{self.config.stage}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        return identity, self.config.model_copy(update=update)
+
+
 class _Planner:
     def __init__(self, scale: Scale, seeds: tuple[int, ...], fingerprint: str | None):
         self.scale, self.seeds = scale, seeds
@@ -103,7 +126,9 @@ class _Planner:
         if fingerprint is not None:
             self.fingerprints[_pictures(Data.model_validate(scale.data))] = fingerprint
         self.runs: dict[str, PlannedRun] = {}
-        self.resolved: dict[str, PlannedRun] = {}
+        self.resolved: dict[tuple[str, int], PlannedRun] = {}
+        self.firsts: dict[str, _First] = {}
+        self.texts: dict[tuple[int, str], str] = {}
 
     def plan(self, artifacts: list[Artifact]) -> Sweep:
         cells: dict[str, list[tuple[int, str]]] = {}
@@ -145,9 +170,11 @@ class _Planner:
         if name in path:
             raise UserError(f"{where}: {' -> '.join((*path[path.index(name) :], name))}: these runs need each other")
         spec = specs[name]
-        key = json.dumps([name, specs, seed], sort_keys=True, default=str)
-        if key in self.resolved:
-            return self.resolved[key]
+        if (id(specs), name) not in self.texts:
+            self.texts[id(specs), name] = json.dumps([name, specs], sort_keys=True, default=str)
+        text = self.texts[id(specs), name]
+        if (text, seed) in self.resolved:
+            return self.resolved[text, seed]
         where_here = f"{where}.{name}"
         needs: list[PlannedRun] = []
         external: tuple[str, ...] = ()
@@ -161,14 +188,18 @@ class _Planner:
             else:
                 there = ", ".join(specs)
                 raise UserError(f"{where_here}.init.run: no run {target!r} (there are: {there}, or a run's id)")
-        values, paper = self._scaled(spec, needs[0] if needs else None, where_here)
-        values["seed"] = seed
-        config = self._fingerprinted(parse(values, where_here))
-        origin = paper | {f"{n.config.stage}'s {k}": v for n in needs for k, v in n.origin.items()}
-        run = PlannedRun(run_id(config), config, (*(n.id for n in needs), *external), [], paper, origin)
+        first = self.firsts.get(text)
+        if first is None or not 0 <= seed < 2**63:
+            values, paper = self._scaled(spec, needs[0] if needs else None, where_here)
+            values["seed"] = seed
+            config = self._fingerprinted(parse(values, where_here))
+            origin = paper | {f"{n.config.stage}'s {k}": v for n in needs for k, v in n.origin.items()}
+            first = self.firsts.setdefault(text, _First(config, paper, origin))
+        needed = (*(n.id for n in needs), *external)
+        run = PlannedRun(*first.again(seed, *needed), needed, [], dict(first.paper), dict(first.origin))
         for need in needs:
             self.runs.setdefault(need.id, need)
-        self.resolved[key] = run
+        self.resolved[text, seed] = run
         return run
 
     def _scaled(self, spec: Values, need: PlannedRun | None, where: str) -> tuple[dict[str, Any], dict[str, Any]]:

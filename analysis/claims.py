@@ -13,7 +13,7 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
-from ablations.artifact import available, load_artifact
+from ablations.artifact import Artifact, available, load_artifact
 from analysis.paper import HERE, Printed, counts, dashes
 from sdae.errors import UserError
 from sdae.yamls import explain, read_yaml
@@ -214,7 +214,7 @@ class ClaimFile(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     id: str
     quote: str
-    where: str
+    where: str = ""
     kind: Literal[
         "equals", "within", "difference", "ratio", "sum", "greater", "best among", "monotone", "margin", "comparable",
         "sensitive", "stated",
@@ -240,27 +240,37 @@ def claims() -> tuple[Claim, ...]:
     return load(HERE / "claims.yaml")
 
 
-def load(path: str | Path, names: Collection[str] | None = None) -> tuple[Claim, ...]:
-    """The claims of a file over `names` (default: `known()`). UserError names the claim and what is wrong with it."""
+def load(path: str | Path) -> tuple[Claim, ...]:
+    """The claims of a file. UserError names the claim and what is wrong with it."""
     entries = read_yaml(path)
     if not isinstance(entries, list):
         raise UserError(f"{path}: expected a list of claims")
+    return _parsed(entries, str(path), "", known())
+
+
+def of_artifact(artifact: Artifact) -> tuple[Claim, ...]:
+    """The claims in a user's own artifact file; they may name its cells and those of the suite."""
+    return _parsed(artifact.claims, f"{artifact.path}: claims", Path(artifact.path).name, known() | set(artifact.cells))
+
+
+def _parsed(entries: Sequence[Any], path: str, where: str, names: Collection[str]) -> tuple[Claim, ...]:
     found: dict[str, Claim] = {}
     for place, entry in enumerate(entries, 1):
         here = f"{path}: claim {entry.get('id', place) if isinstance(entry, dict) else place}"
         try:
             file = ClaimFile.model_validate(entry)
             given = {key for key in ("cells", "of", "than", "terms", "value", "note") if getattr(file, key)}
-            if file.id in found:
+            if file.id in found or (where and file.id in {claim.id for claim in claims()}):
                 raise UserError("two claims have this id")
             if given - {"note"} != (needed := _NEEDS[file.kind]) - {"note"} or not needed <= given:
                 raise UserError(f"kind {file.kind!r} takes {', '.join(sorted(needed))}, got {', '.join(sorted(given))}")
-            contrasts = tuple(_contrasts(file, known() if names is None else names))
+            contrasts = tuple(_contrasts(file, names))
         except ValidationError as error:
             raise UserError(f"{here}: {explain(error, ClaimFile)}") from None
         except (ValueError, LookupError, UserError) as error:
             raise UserError(f"{here}: {error}") from None
-        found[file.id] = Claim(file.id, " ".join(file.quote.split()), file.where, file.kind, file.note, contrasts)
+        quote = " ".join(file.quote.split())
+        found[file.id] = Claim(file.id, quote, file.where or where, file.kind, file.note, contrasts)
     return tuple(found.values())
 
 

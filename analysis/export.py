@@ -40,7 +40,8 @@ def export(store: Store, out: Path) -> int:
 
 
 def show(store: Store, prefix: str) -> dict[str, Any]:
-    """One run by its id or a beginning of it: {"id", "state", "config", "result", "failure", "provenance", "last"}.
+    """One run by its id or a beginning of it: {"id", "state", "synthetic", "config", "result", "failure", "provenance",
+    "last"}.
 
     `last` is the last row of metrics.jsonl; what a run does not have is null.
     """
@@ -49,6 +50,7 @@ def show(store: Store, prefix: str) -> dict[str, Any]:
     return {
         "id": run.id,
         "state": run.state(),
+        "synthetic": store.synthetic,
         "config": _config(run),
         "result": {k: v for k, v in (run.result() or {}).items() if k != "config"} or None,
         "failure": run.failure(),
@@ -58,12 +60,12 @@ def show(store: Store, prefix: str) -> dict[str, Any]:
 
 
 def compare(store: Store, first: str, second: str) -> dict[str, Any]:
-    """{"runs": [ids], "config": {key: [a, b]} where they differ, "metrics": {key: [a, b, b - a]}} of two runs.
+    """{"runs", "synthetic", "config": {key: [a, b]} where they differ, "metrics": {key: [a, b, b - a]}} of two runs.
 
     Keys are dotted; null stands for a key or a number that one of them does not have.
     """
     runs = [store.find(first), store.find(second)]
-    a, b = (dict(_flat(_config(run) or {})) for run in runs)
+    a, b = (dict(flat(_config(run) or {})) for run in runs)
     left, right = ((run.result() or {}).get("metrics") or {} for run in runs)
     metrics: dict[str, list[Any]] = {}
     for key in dict.fromkeys([*left, *right]):
@@ -71,7 +73,7 @@ def compare(store: Store, first: str, second: str) -> dict[str, Any]:
         if all(value is None or isinstance(value, (int, float)) for value in (before, after)):
             metrics[key] = [before, after, None if before is None or after is None else after - before]
     config = {key: [a.get(key), b.get(key)] for key in dict.fromkeys([*a, *b]) if a.get(key) != b.get(key)}
-    return {"runs": [run.id for run in runs], "config": config, "metrics": metrics}
+    return {"runs": [run.id for run in runs], "synthetic": store.synthetic, "config": config, "metrics": metrics}
 
 
 def _config(run: RunFolder) -> dict[str, Any] | None:
@@ -80,9 +82,9 @@ def _config(run: RunFolder) -> dict[str, Any] | None:
     return dump(config) if config else (run.result() or {}).get("config")
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in values.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value

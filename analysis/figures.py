@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis.render import name_of, paper_text
-from analysis.table import Table, TableCell, TableRow, build
+from analysis.study import build
+from analysis.table import Table, TableCell, TableRow
 from sdae.errors import UserError
 from sdae.store import Store, write_atomically
 
@@ -72,27 +73,58 @@ def draw(
         raise UserError(
             f"{full} is a table, not a figure (allowed: 4, {', '.join(PANELS)}, or a YAML file of kind figure)"
         )
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(STYLE)
-        figure = paint([panel_of(table) for table in tables])
-        return _save(figure, Path(out), "figure4" if full == "figure4" else tables[0].artifact)
+    return save(tables, Path(out), "figure4" if full == "figure4" else tables[0].artifact)
 
 
-def _save(figure: Figure, out: Path, stem: str) -> list[Path]:
+def save(tables: Sequence[Table], out: Path, stem: str, formats: Iterable[str] = FORMATS) -> list[Path]:
+    """Writes OUT/STEM.png, .svg and .pdf, or those of them that are asked for."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {error.strerror or error}") from None
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # laid out once for the three formats
     paths = []
-    for suffix, metadata in FORMATS.items():
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format=suffix, metadata=metadata)
+    for suffix, content in drawn(tables, formats).items():
         paths.append(out / f"{stem}.{suffix}")
-        write_atomically(paths[-1], buffer.getvalue())
+        write_atomically(paths[-1], content)
     return paths
+
+
+def drawn(tables: Sequence[Table], formats: Iterable[str] = FORMATS) -> dict[str, bytes]:
+    """A figure with these tables as its panels, as the bytes of a file of each format."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(STYLE)
+        figure = paint([panel_of(table) for table in tables])
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # laid out once for all formats
+        files = {}
+        for suffix in formats:
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format=suffix, metadata=FORMATS[suffix])
+            files[suffix] = buffer.getvalue()
+    return files
+
+
+def alternative(table: Table) -> str:
+    """A figure in words, for those who do not see it: what stands over what, how much of it is measured, its ends."""
+    panel, column = panel_of(table), table.columns[0]
+    points = [
+        (cell.estimate.mean, row.label)
+        for row in table.rows
+        if (cell := row.cells.get(column.name)) is not None and cell.estimate
+    ]
+    words = [f"{name_of(table.artifact)}: {column.label}{f' ({column.unit})' * bool(column.unit)}"]
+    words[0] += f" over {panel.xlabel}." if panel.xlabel else "."
+    if len(panel.series) > 1:
+        words.append(f"Series: {', '.join(series.label for series in panel.series)}.")
+    words.append(f"{len(points)} of {len(table.rows)} points measured.")
+    if points:
+        (low, least), (high, most) = min(points), max(points)
+        digits = column.decimals + 1
+        words.append(f"Lowest {low:.{digits}f} ({least}), highest {high:.{digits}f} ({most}).")
+    if table.synthetic:
+        words.insert(0, "Synthetic results.")
+    return " ".join(words)
 
 
 # What is in a panel

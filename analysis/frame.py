@@ -12,14 +12,18 @@ values `boolean`, times `datetime64[us, UTC]`, other numbers `float64`; unknown 
 
 from __future__ import annotations
 
+import difflib
+import functools
 import gc
 import hashlib
 import io
 import json
+import marshal
 import os
 import statistics
 from collections.abc import Iterable
 from datetime import datetime
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +34,7 @@ import yaml
 
 from sdae.config import NEUTRAL, NOT_SCIENCE
 from sdae.errors import UserError
-from sdae.store import FORMAT, Store, read_json, write_atomically
+from sdae.store import FORMAT, MARK, Store, read_json, write_atomically
 
 TEXT, WHOLE, TRUTH, NUMBER, TIME = pa.string(), pa.int64(), pa.bool_(), pa.float64(), pa.timestamp("us", "UTC")
 
@@ -85,29 +89,37 @@ COLUMNS: dict[str, tuple[pa.DataType, str]] = {
     "device": (TEXT, ""),
     "commit": (TEXT, "of the code that ran it"),
     "dirty": (TRUTH, "whether that code was changed after the commit"),
+    "substance": (TEXT, "digest of the code that can change the run's numbers; <NA>: not recorded"),
     "synthetic": (TRUTH, "made up to test the tables: never mixed with real results"),
     "failure": (TEXT, "class of the error (failed), or `torn`"),
     "message": (TEXT, "what went wrong"),
 }
 _HIDDEN = {"own": TEXT, "stamp": WHOLE}  # hash of the config without seed and parent; stamp of the files read
 _TYPES = {name: kind for name, (kind, _) in COLUMNS.items()} | _HIDDEN
-_VERSION = hashlib.sha256(repr([1, FORMAT, sorted((k, str(v)) for k, v in _TYPES.items())]).encode()).hexdigest()[:16]
+_VERSION = hashlib.sha256(repr([2, FORMAT, sorted((k, str(v)) for k, v in _TYPES.items())]).encode()).hexdigest()[:16]
 _MAPPER = {TEXT: pd.StringDtype("pyarrow"), WHOLE: pd.Int64Dtype(), TRUTH: pd.BooleanDtype()}
 _PLAIN = ("top1", "top5", "loss", "knn_top1", "time", "overhead", "memory", "images_per_s", "mfu")
 INDEX = "index.parquet"
+_MIXED = {
+    False: f"result.json is synthetic, made up, and the store has no file {MARK}: not taken for a measured one",
+    True: f"result.json is of a real run, and the file {MARK} says that the store holds synthetic ones only",
+}
 
 
 def collect(store: Store) -> pd.DataFrame:
     """Every run of the store, sorted by id, in the columns of this module's docstring. Reads only what has changed."""
     folders = {i: stamp for i in store.ids() if (stamp := _stamp(f"{store.root}/{i}"))}
-    index = _load(store.root / INDEX)
+    synthetic = store.synthetic
+    version = f"{_VERSION} synthetic" if synthetic else _VERSION  # the mark decides which results count
+    index = _load(store.root / INDEX, version)
     known = dict(zip(index["id"].to_pylist(), index["stamp"].to_pylist(), strict=True)) if index is not None else {}
     changed = [i for i, stamp in folders.items() if known.get(i) != stamp]
     if index is None or changed or len(known) != len(folders):
         enabled = gc.isenabled()
         gc.disable()  # ten thousand parsed results live at once, and none of them is a cycle
         try:
-            index = _merge(index, [_read(store, i, folders[i]) for i in changed], set(folders).difference(changed))
+            rows = [_read(store, i, folders[i], synthetic) for i in changed]
+            index = _merge(index, rows, set(folders).difference(changed), version)
         finally:
             if enabled:
                 gc.enable()
@@ -133,12 +145,23 @@ def config_hash(config: dict[str, Any]) -> tuple[str, str]:
             owner = owner.get(parent) if isinstance(owner, dict) else None
         if isinstance(owner, dict) and leaf in owner and owner[leaf] == neutral:
             del owner[leaf]
-    text = _canonical(config)
-    # Keys are sorted, so `seed` stands in front of `stage`; encoding the whole config again would double the cost.
-    own = text.replace(f'"seed":{config.get("seed")},"stage":', '"stage":', 1)
-    if init and init.get("run"):
-        own = own.replace(f'"run":"{init["run"]}"', '"run":null', 1)
-    return _digest(text), _digest(own)
+    seed, run = config.pop("seed", None), init.get("run") if init else None
+    if init and run:
+        init["run"] = None
+    own, digest = _own(marshal.dumps(config, 2))
+    # Keys are sorted, so `seed` stands in front of `stage`: the text with both is made without encoding it again.
+    text = own.replace('"stage":', f'"seed":{_canonical(seed)},"stage":', 1)
+    if init and run:
+        text = text.replace('"run":null', f'"run":{_canonical(run)}', 1)
+        init["run"] = run
+    return _digest(text), digest
+
+
+@functools.lru_cache(maxsize=4096)
+def _own(config: bytes) -> tuple[str, str]:
+    """The canonical text of a config without seed and parent, and its hash. Most of a store's runs share theirs."""
+    text = _canonical(marshal.loads(config))
+    return text, _digest(text)
 
 
 def arm_name(own: str, parent_arm: str | None) -> str:
@@ -169,10 +192,11 @@ def _stamp(folder: str) -> int:
         return hash(tuple(found)) if any(found) else 0
 
 
-def _read(store: Store, identity: str, stamp: int) -> dict[str, Any]:
-    """The row of one run as plain values; columns that it leaves out are unknown."""
+def _read(store: Store, identity: str, stamp: int, synthetic: bool) -> dict[str, Any]:
+    """The row of one run as plain values; columns that it leaves out are unknown. `synthetic`: the store's mark."""
     folder = f"{store.root}/{identity}"
-    row: dict[str, Any] = {"id": identity, "stage": identity.rpartition("-")[0], "stamp": stamp, "metrics": {}}
+    row: dict[str, Any] = dict.fromkeys(_TYPES)
+    row |= {"id": identity, "stage": identity.rpartition("-")[0], "stamp": stamp, "synthetic": synthetic, "metrics": {}}
     try:
         with open(folder + "/result.json", "rb", buffering=0) as file:
             result = json.loads(file.read())
@@ -186,6 +210,8 @@ def _read(store: Store, identity: str, stamp: int) -> dict[str, Any]:
         return _torn(row, f"result.json has format {result['format']}, this version reads {FORMAT}")
     if result.get("id", identity) != identity:
         return _torn(row, f"result.json is that of {result['id']}")
+    if (made_up := bool(result.get("synthetic", False))) != synthetic:
+        return _torn(row | {"synthetic": made_up}, _MIXED[synthetic])
     config = result.get("config") or _config_file(folder)
     try:
         if config:
@@ -254,7 +280,7 @@ def _facts(row: dict[str, Any], config: dict[str, Any]) -> None:
 
 def _outcome(row: dict[str, Any], result: dict[str, Any]) -> None:
     """What came of it."""
-    row["state"], row["synthetic"] = "done", bool(result.get("synthetic", False))
+    row["state"] = "done"
     for key in ("stage", "scale", "seed", "model", "image_size", "device"):
         if result.get(key) is not None:
             row[key] = result[key]
@@ -270,7 +296,8 @@ def _outcome(row: dict[str, Any], result: dict[str, Any]) -> None:
         _instant(time.get("ended")),
     )
     provenance = result.get("provenance") or {}
-    row["commit"], row["dirty"] = provenance.get("commit"), provenance.get("dirty")
+    for key in ("commit", "dirty", "substance"):
+        row[key] = provenance.get(key)
     metrics = row["metrics"] = result["metrics"]
     for key in _PLAIN:
         row[key] = metrics.get(key)
@@ -288,16 +315,17 @@ def _instant(value: Any) -> int | None:
 
 
 # The index
-def _merge(index: pa.Table | None, rows: list[dict[str, Any]], kept: set[str]) -> pa.Table:
+def _merge(index: pa.Table | None, rows: list[dict[str, Any]], kept: set[str], version: str) -> pa.Table:
     """The old rows that still hold and the new ones, by id, as one table."""
     further = sorted({k for row in rows for k, v in row["metrics"].items() if k not in _TYPES and _is_number(v)})
-    columns = {name: _array([row.get(name) for row in rows], kind) for name, kind in _TYPES.items()}
+    values = zip(*map(itemgetter(*_TYPES), rows), strict=True) if rows else ([] for _ in _TYPES)
+    columns = {name: _array(list(v), kind) for (name, kind), v in zip(_TYPES.items(), values, strict=True)}
     columns |= {name: _array([row["metrics"].get(name) for row in rows], NUMBER) for name in further}
     table = pa.table(columns)
     if index is not None and kept:
         old = index.filter(pa.array([i in kept for i in index["id"].to_pylist()]))
         table = pa.concat_tables([old, table], promote_options="default")
-    return table.sort_by("id").replace_schema_metadata({"sdae": _VERSION})
+    return table.sort_by("id").replace_schema_metadata({"sdae": version})
 
 
 def _is_number(value: Any) -> bool:
@@ -319,12 +347,12 @@ def _checked(value: Any, kind: pa.DataType) -> Any:
         return None
 
 
-def _load(path: Path) -> pa.Table | None:
+def _load(path: Path, version: str) -> pa.Table | None:
     try:
         table = pq.read_table(io.BytesIO(path.read_bytes()), use_threads=False)
     except (OSError, pa.ArrowException):
         return None
-    return table if (table.schema.metadata or {}).get(b"sdae") == _VERSION.encode() else None
+    return table if (table.schema.metadata or {}).get(b"sdae") == version.encode() else None
 
 
 def _save(root: Path, table: pa.Table) -> None:
@@ -351,6 +379,13 @@ def _frame(store: Store, index: pa.Table) -> pd.DataFrame:
         index = index.set_column(index.schema.get_field_index("state"), "state", pa.array(states, type=TEXT))
     frame: pd.DataFrame = index.drop_columns(list(_HIDDEN)).to_pandas(types_mapper=_MAPPER.get)
     return frame
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> str:
+    """The line for a name that there is not, with those that come near it."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, 3) or names[:3]
+    return f"{what} {name!r} is unknown ({'e.g. ' + ', '.join(near) if near else 'there is none'})"
 
 
 def distinct(values: Iterable[Any]) -> list[str]:

@@ -1,15 +1,19 @@
-"""Every table and figure of a sweep as files in one folder, with a page that holds them together."""
+"""Every table, figure and claim of a sweep as files in one folder, the report, and a page that holds them together."""
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ablations.planner import Artifact, available
-from ablations.scale import load_scale
-from analysis.figures import PANELS, draw
+from analysis.figures import PANELS, drawn, save
 from analysis.render import name_of, render
-from analysis.table import build
+from analysis.report import report
+from analysis.study import study
+from analysis.verdicts import judge_study
+from analysis.verdicts import render as render_claims
 from sdae.errors import UserError
 from sdae.store import Store, write_atomically
 
@@ -24,32 +28,51 @@ def publish(
     out: Path,
     tell: Callable[[str], None] = lambda _: None,
 ) -> list[Path]:
-    """Writes OUT/ARTIFACT.{md,tex,html,csv,json}, OUT/FIGURE.{png,svg,pdf} and OUT/README.md; returns their paths."""
+    """Writes OUT/ARTIFACT.{md,tex,html,csv,json}, OUT/FIGURE.{png,svg,pdf}, OUT/claims.{md,json}, OUT/report.{html,tex}
+
+    and OUT/README.md; returns their paths.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {error.strerror or error}") from None
+    sources = [artifact.name if artifact.name in available() else artifact.path for artifact in artifacts]
+    found = study(store, sources, scale, seeds)
+    verdicts = judge_study(found)
     files: list[Path] = []
-    page = [f"# Regenerated at scale {load_scale(scale).title}", ""]
-    names = [artifact.name for artifact in artifacts]
-    if set(PANELS) <= set(names):
-        files += draw(store, "4", scale, out, seeds)
+    drawings: dict[str, dict[str, bytes]] = {}
+    page = [f"# Regenerated at scale {found.scale.title}", ""]
+    if found.synthetic:
+        page += ["**SYNTHETIC RESULTS**, made up to test these pages; no model was trained.", ""]
+    counts = Counter(entry["verdict"] for entry in verdicts)
+    told = ", ".join(f"{count} {verdict}" for verdict, count in counts.items()) or "none over these cells"
+    page += [
+        f"All on one page, with what is known of each cell: [report.html](report.html). [Claims](claims.md): {told}.",
+        "",
+    ]
+    panels = [found.tables[name] for name in PANELS if name in found.tables]
+    if len(panels) == len(PANELS):
+        files += save(panels, out, "figure4")
         page += ["![Figure 4](figure4.png)", ""]
-    for artifact in artifacts:
-        tell(artifact.name)
-        source = artifact.name if artifact.name in available() else artifact.path
-        table = build(store, source, scale, seeds)
-        for format, suffix in SUFFIXES.items():
-            files.append(out / f"{artifact.name}.{suffix}")
-            write_atomically(files[-1], render(table, format))
-        links = [f"[{suffix}]({artifact.name}.{suffix})" for suffix in SUFFIXES.values()]
-        page += [f"## {name_of(artifact.name)}", ""]
-        if artifact.kind == "figure":
-            drawn = draw(store, source, scale, out, seeds)
-            files += drawn
-            links += [f"[{path.suffix[1:]}]({path.name})" for path in drawn]
-            page += [f"![{name_of(artifact.name)}]({artifact.name}.png)", ""]
-        page += [render(table, "md").strip(), "", f"Files: {', '.join(links)}", ""]
+    for table in found.tables.values():
+        tell(table.artifact)
+        contents: dict[str, str | bytes] = {suffix: render(table, format) for format, suffix in SUFFIXES.items()}
+        if table.kind == "figure":
+            drawings[table.artifact] = drawn([table])
+            contents |= drawings[table.artifact]
+        written = [out / f"{table.artifact}.{suffix}" for suffix in contents]
+        for path, content in zip(written, contents.values(), strict=True):
+            write_atomically(path, content)
+        files += written
+        page += [f"## {name_of(table.artifact)}", ""]
+        if table.kind == "figure":
+            page += [f"![{name_of(table.artifact)}]({table.artifact}.png)", ""]
+        links = ", ".join(f"[{path.suffix[1:]}]({path.name})" for path in written)
+        page += [render(table, "md").strip(), "", f"Files: {links}", ""]
+    files += [out / "claims.md", out / "claims.json"]
+    write_atomically(files[-2], render_claims(verdicts, found))
+    write_atomically(files[-1], json.dumps(verdicts, indent=1, allow_nan=False) + "\n")
+    files += [path for path in report(found, verdicts, out, drawings) if path not in files]
     files.append(out / "README.md")
     write_atomically(files[-1], "\n".join(page))
     return files

@@ -1,7 +1,8 @@
 """One `Table` as Markdown, LaTeX (booktabs), HTML, CSV or JSON: the paper's rows, then per metric paper | measured | n.
 
 Empty means not run, `unknown` that the paper does not print the value. Bold: not statistically worse than the
-column's best.
+column's best. Grey and †: stale. Every format names the cells that it shows, as `analysis.explain` takes them: HTML in
+`data-cell`, LaTeX and Markdown in comments, of each row those of its columns from left to right.
 """
 
 from __future__ import annotations
@@ -17,17 +18,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from ablations.planner import Column
-from analysis.table import Table, TableCell
+from analysis.table import STALE, Table, TableCell
 from sdae.errors import UserError
 
 FORMATS = ("md", "latex", "html", "csv", "json")
 LEGEND = "Empty: not run. unknown: not printed in the paper. ±: 95 % interval of the mean over n seeds."
 BOLD = "Bold: not statistically worse than the column's best."
-PACKAGES = ("booktabs", "amssymb", "graphicx")
+WHY_STALE = "the code that makes this number has changed in substance since its runs"
+PACKAGES = ("booktabs", "amssymb", "graphicx", "xcolor")
 CSV_COLUMNS = (
     "artifact", "scale", "dataset", "model", "synthetic", "row", "label", "column", "cell", "paper",
-    "paper_decimals", "measured", "low", "high", "seeds", "seeds_planned", "verdict", "state", "best", "interval",
-    "runs",
+    "paper_decimals", "measured", "low", "high", "seeds", "seeds_planned", "difference", "verdict", "state", "best",
+    "stale", "interval", "runs",
 )  # fmt: skip
 
 
@@ -53,25 +55,33 @@ def name_of(artifact: str) -> str:
 
 @dataclass(frozen=True)
 class _Entry:
+    """`cell`: of a measured value, which it is."""
+
     text: str
     bold: bool = False
+    stale: bool = False
+    cell: str | None = None
 
 
 @dataclass(frozen=True)
 class _Grid:
-    """The cells as text, alike for every format: leading columns (label, meta), then `width` columns per metric."""
+    """The cells as text, alike for every format: leading columns (label, meta), then those of `below` per metric."""
 
     leading: list[str]
     metrics: list[Column]
     below: list[str]
     rows: list[list[_Entry]]
 
+    def cells(self, row: list[_Entry]) -> str:
+        return " ".join(entry.cell for entry in row if entry.cell)
+
 
 def _grid(table: Table) -> _Grid:
     keys = table.meta_keys
+    differences = any(cell.difference is not None for cell in table.cells())
     verdicts = any(cell.verdict for cell in table.cells())
     of_paper = name_of(table.artifact) != table.artifact or any(cell.paper is not None for cell in table.cells())
-    below = ["paper"] * of_paper + ["measured", "n"] + ["verdict"] * verdicts
+    below = ["paper"] * of_paper + ["measured", "n"] + ["Δ"] * differences + ["verdict"] * verdicts
     rows = []
     for row in table.rows:
         entries = [_Entry(row.label)] + [_Entry(_mark(row.meta.get(key, ""))) for key in keys]
@@ -86,8 +96,9 @@ def _entries(cell: TableCell, column: Column, below: list[str]) -> list[_Entry]:
     n = cell.estimate.n if cell.estimate else 0
     seeds = "" if not n else str(n) if n == cell.planned else f"{n} of {cell.planned}"
     entries = {
-        "paper": _Entry(paper_text(cell)), "measured": _Entry(measured_text(cell, column), cell.best),
-        "n": _Entry(seeds), "verdict": _Entry(cell.verdict or ""),
+        "paper": _Entry(paper_text(cell)),
+        "measured": _Entry(measured_text(cell, column), cell.best, cell.stale, cell.cell), "n": _Entry(seeds),
+        "Δ": _Entry(difference_text(cell, column), False, cell.stale and cell.difference is not None), "verdict": _Entry(cell.verdict or ""),
     }  # fmt: skip
     return [entries[name] for name in below]
 
@@ -107,6 +118,11 @@ def measured_text(cell: TableCell, column: Column) -> str:
     return f"{cell.estimate.mean:.{digits}f}" + (f" ± {half:.{digits}f}" if half is not None else "")
 
 
+def difference_text(cell: TableCell, column: Column) -> str:
+    """Measured minus printed, with its sign."""
+    return "" if cell.difference is None else f"{cell.difference:+.{column.decimals + 1}f}".replace("-", "−")
+
+
 def _mark(value: Any) -> str:
     return {True: "✓", False: "×", None: "–"}[value] if value is None or isinstance(value, bool) else str(value)
 
@@ -118,7 +134,10 @@ def _split(label: str) -> tuple[str, str, str]:
 
 
 def _notes(table: Table) -> list[str]:
-    return [LEGEND + (f" {BOLD}" if any(cell.best for cell in table.cells()) else ""), *table.notes]
+    cells = table.cells()
+    legend = [LEGEND, *[BOLD] * any(c.best for c in cells)]
+    legend += ["Δ: measured minus paper."] * any(c.difference is not None for c in cells)
+    return [" ".join(legend), *table.notes]
 
 
 def _unit(column: Column) -> str:
@@ -135,9 +154,14 @@ def _md(table: Table) -> str:
         header += [" ".join(filter(None, (label, _md_text(_unit(column)), grid.below[0]))), *grid.below[1:]]
     lines = [f"**{_md_text(name_of(table.artifact))}.** {_md_text(table.caption)}", ""]
     lines += [_md_row(header), _md_row([":--"] + ["--:"] * (len(header) - 1))]
-    for row in grid.rows:
-        lines.append(_md_row([f"**{_md_text(e.text)}**" if e.bold and e.text else _md_text(e.text) for e in row]))
-    return "\n".join(lines + [""] + [f"- {_md_text(note)}" for note in _notes(table)]) + "\n"
+    lines += [_md_row([_md_entry(entry) for entry in row]) for row in grid.rows]
+    lines += ["", *[f"- {_md_text(note)}" for note in _notes(table)], "", "<!-- cells, row by row:"]
+    return "\n".join([*lines, *[grid.cells(row) for row in grid.rows], "-->"]) + "\n"
+
+
+def _md_entry(entry: _Entry) -> str:
+    text = _md_text(entry.text)
+    return (f"**{text}**" if entry.bold and text else text) + (f" {STALE}" if entry.stale else "")
 
 
 def _md_row(cells: list[str]) -> str:
@@ -176,14 +200,17 @@ def _html(table: Table) -> str:
     ]
     for row in grid.rows:
         cells = [f'<th scope="row">{html.escape(row[0].text)}</th>']
-        cells += [
-            f"<td><strong>{html.escape(e.text)}</strong></td>" if e.bold else f"<td>{html.escape(e.text)}</td>"
-            for e in row[1:]
-        ]
-        lines.append(f"<tr>{''.join(cells)}</tr>")
+        lines.append(f"<tr>{''.join(cells + [_html_entry(entry) for entry in row[1:]])}</tr>")
     notes = "".join(f"<li>{html.escape(note)}</li>" for note in _notes(table))
     lines += ["</tbody>", f'<tfoot><tr><td colspan="{width}"><ul>{notes}</ul></td></tr></tfoot>', "</table>"]
     return "\n".join(lines) + "\n"
+
+
+def _html_entry(entry: _Entry) -> str:
+    text = html.escape(entry.text) + (f" {STALE}" if entry.stale else "")
+    name = f' data-cell="{html.escape(entry.cell)}"' if entry.cell else ""
+    stale = f' class="stale" title="{WHY_STALE}"' if entry.stale else ""
+    return f"<td{name}{stale}>{f'<strong>{text}</strong>' if entry.bold else text}</td>"
 
 
 # LaTeX
@@ -191,9 +218,8 @@ _TEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_",
     "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "<": r"\textless{}", ">": r"\textgreater{}",
     "|": r"\textbar{}", '"': r"\textquotedbl{}", "±": r"$\pm$", "×": r"$\times$", "✓": r"$\checkmark$", "–": "--",
-    "—": "---", "…": r"\dots{}", "²": "$^2$", "Θ": r"$\Theta$",
-    "µ": r"$\mu$", "μ": r"$\mu$", "≥": r"$\geq$", "≤": r"$\leq$",
-    "→": r"$\rightarrow$",
+    "—": "---", "…": r"\dots{}", "²": "$^2$", "Θ": r"$\Theta$", "Δ": r"$\Delta$",
+    "µ": r"$\mu$", "μ": r"$\mu$", "≥": r"$\geq$", "≤": r"$\leq$", "→": r"$\rightarrow$", "−": "$-$", "†": r"$\dagger$",
     "\u2019": "'", "`": r"\textasciigrave{}",
     "[": "{[}", "]": "{]}", "*": "{*}",  # each would be read as an argument of a row's end
 }  # fmt: skip
@@ -220,7 +246,8 @@ def _tex_char(char: str) -> str:
 def _latex(table: Table) -> str:
     grid = _grid(table)
     per = len(grid.below)
-    alignment = "l" + "c" * (len(grid.leading) - 1) + ("rrr" + "l" * (per - 3)) * len(grid.metrics)
+    sides = "".join("l" if name == "verdict" else "r" for name in grid.below)
+    alignment = "l" + "c" * (len(grid.leading) - 1) + sides * len(grid.metrics)
     first, rules = [""] * len(grid.leading), []
     for index, column in enumerate(grid.metrics):
         base, above, below = _split(column.label)
@@ -228,8 +255,7 @@ def _latex(table: Table) -> str:
         first.append(rf"\multicolumn{{{per}}}{{c}}{{{label} {_tex(_unit(column))}}}")
         start = len(grid.leading) + index * per + 1
         rules.append(rf"\cmidrule(lr){{{start}-{start + per - 1}}}")
-    second = [_tex(text) for text in grid.leading] + [*grid.below] * len(grid.metrics)
-    body = [[rf"\textbf{{{_tex(e.text)}}}" if e.bold and e.text else _tex(e.text) for e in row] for row in grid.rows]
+    second = [_tex(text) for text in grid.leading] + [_tex(text) for text in grid.below] * len(grid.metrics)
     lines = [
         "% " + " ".join(rf"\usepackage{{{package}}}" for package in PACKAGES),
         *(["% SYNTHETIC RESULTS, made up to test this table"] if table.synthetic else []),
@@ -238,12 +264,18 @@ def _latex(table: Table) -> str:
         r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
         rf"\begin{{tabular}}{{@{{}}{alignment}@{{}}}}", r"\toprule",
         " & ".join(first) + r" \\", "".join(rules), " & ".join(second) + r" \\", r"\midrule",
-        *[" & ".join(row) + r" \\" for row in body],
+        *[" & ".join(map(_tex_entry, row)) + rf" \\ % {grid.cells(row)}" for row in grid.rows],
         r"\bottomrule", r"\end{tabular}}", r"\par\smallskip\raggedright\footnotesize",
         *[_tex(note) + r"\par" for note in _notes(table)],
         r"\end{table}",
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
+
+
+def _tex_entry(entry: _Entry) -> str:
+    text = _tex(entry.text)
+    text = rf"\textbf{{{text}}}" if entry.bold and text else text
+    return rf"\textcolor{{gray}}{{{text}\,{_tex(STALE)}}}" if entry.stale else text
 
 
 def document(latex: str) -> str:

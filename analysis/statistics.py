@@ -13,6 +13,7 @@ from scipy.special import stdtr, stdtrit
 from analysis.paper import Printed
 
 LEVEL = 0.95
+FEW = 10  # an arm with fewer seeds takes the variance that the arms of its stage have in common
 PRECISE = 0.01  # an interval whose half is wider than this share of the printed value cannot tell whether it agrees
 Verdict = Literal["agrees", "above", "below", "undecided"]
 
@@ -30,8 +31,8 @@ class Pool:
 class Estimate:
     """A mean over `n` seeds. `error` is its standard error on `df` degrees of freedom; null where nothing tells it.
 
-    `source` of the error: `seeds` (this cell's own), `pooled` (one seed, the variance of other arms), `repeats` (one
-    cost run, the spread of its repeats), or null.
+    `source` of the error: `seeds` (this cell's own), `pooled` (few seeds, the variance of all arms of the stage, which
+    is `pool`), `repeats` (one cost run, the spread of its repeats), or null.
     """
 
     mean: float
@@ -39,6 +40,7 @@ class Estimate:
     error: float | None = None
     df: float | None = None
     source: Literal["seeds", "pooled", "repeats"] | None = None
+    pool: Pool | None = None
 
     @property
     def half(self) -> float | None:
@@ -68,17 +70,18 @@ def pool(groups: Iterable[Sequence[float]]) -> Pool | None:
 def estimate(values: Sequence[float], pooled: Pool | None = None, repeats: tuple[float, int] | None = None) -> Estimate:
     """The mean of one value per seed. `repeats`: (standard deviation, number) of the repeats within a single run.
 
-    With two seeds or more the interval is Student's, on their own variance. With one it is the spread of the run's
-    repeats where the stage has such (cost), else the variance pooled over other arms; else there is none.
+    With `FEW` seeds or more the interval is Student's on their own variance. With fewer it takes the variance pooled
+    over the stage's arms, its own among them, where that stands on more degrees of freedom; a single cost run has the
+    spread of its repeats. Where nothing tells it, there is no interval.
     """
     mean, n = math.fsum(values) / len(values), len(values)
     mean = min(max(mean, min(values)), max(values))  # one value's mean is that value, to the last bit
+    if n == 1 and repeats is not None and repeats[1] >= 2:
+        return Estimate(mean, n, repeats[0] / math.sqrt(repeats[1]), repeats[1] - 1, "repeats")
+    if n < FEW and pooled is not None and pooled.df > n - 1:
+        return Estimate(mean, n, math.sqrt(pooled.variance / n), pooled.df, "pooled", pooled)
     if n >= 2:
         return Estimate(mean, n, float(np.std(values, ddof=1)) / math.sqrt(n), n - 1, "seeds")
-    if repeats is not None and repeats[1] >= 2:
-        return Estimate(mean, n, repeats[0] / math.sqrt(repeats[1]), repeats[1] - 1, "repeats")
-    if pooled is not None:
-        return Estimate(mean, n, math.sqrt(pooled.variance), pooled.df, "pooled")
     return Estimate(mean, n)
 
 
@@ -124,7 +127,7 @@ def _p_worse(one: Estimate, best: Estimate) -> float:
     a, b = one.error**2, best.error**2
     if a + b == 0:
         return 1.0 if gap == 0 else 0.0
-    both_pooled = one.source == best.source == "pooled"
+    both_pooled = one.pool is not None and one.pool == best.pool
     share = a / (a + b)
     df = one.df if both_pooled else 1 / (share**2 / one.df + (1 - share) ** 2 / best.df)  # Welch-Satterthwaite
     return float(stdtr(df, -gap / math.sqrt(a + b)))

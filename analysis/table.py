@@ -6,23 +6,20 @@ but the seed is never averaged, and synthetic results never stand beside real on
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from ablations.planner import Artifact, Cell, Column, PlannedRun, Sweep, plan
-from ablations.scale import Scale, load_scale
+from ablations.planner import Artifact, Cell, Column, PlannedRun, Sweep
 from analysis import frame as frames
 from analysis.paper import Printed, dashes, printed
-from analysis.statistics import Estimate, Pool, estimate, not_worse, pool, verdict
+from analysis.statistics import FEW, Estimate, Pool, estimate, not_worse, pool, verdict
+from sdae import provenance
 from sdae.config import dump
 from sdae.errors import UserError
-from sdae.store import Store
 
+STALE = "†"
 # Which key of a config says at this scale what a row prints in the paper's terms.
 _HERE = {
     "momentum": "method.ema.momentum",
@@ -37,6 +34,8 @@ class TableCell:
     """`paper` null: the paper does not print it (`dash`: it prints a dash). No `estimate`: see `state`, one of
 
     measured; partly (fewer seeds than asked for); running; failed; not run; no value (done, without this metric).
+    `difference`: measured minus printed, at the paper's scale only. `stale`: some run, or one that it needs, was made
+    by code that has changed in substance since.
     """
 
     cell: str
@@ -49,6 +48,8 @@ class TableCell:
     estimate: Estimate | None = None
     verdict: str | None = None
     best: bool = False
+    difference: float | None = None
+    stale: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         found = self.estimate
@@ -66,6 +67,8 @@ class TableCell:
             "state": self.state,
             "best": self.best,
             "interval": found and found.source,
+            "difference": self.difference,
+            "stale": self.stale,
         }
 
 
@@ -152,45 +155,21 @@ class Table:
         }
 
 
-def build(store: Store, artifact: str | Path, scale: str | Path = "smoke", seeds: Sequence[int] | None = None) -> Table:
-    """`artifact` (a name, or a user's own file) at `scale`, from what the store holds. `seeds` null: all that it holds.
+class Builder:
+    """Makes the tables of one sweep from the frame (indexed by run id); variances are pooled once for all of them."""
 
-    Raises `UserError` where synthetic and real results would stand in one table, or two configs in one mean.
-    """
-    loaded = load_scale(scale)
-    frame = frames.collect(store)
-    here = frame[(frame["scale"] == loaded.name) | frame["scale"].isna()]
-    if seeds is None:
-        seeds = sorted({int(seed) for seed in here["seed"].dropna()}) or [0]
-    sweep = _sweep(here, artifact, loaded, seeds)
-    return _Builder(frame.set_index("id"), sweep, list(seeds)).table(sweep.artifacts[0])
-
-
-def _sweep(here: pd.DataFrame, artifact: str | Path, scale: Scale, seeds: Sequence[int]) -> Sweep:
-    """The plan that the store's runs belong to. The pictures need not be here: their fingerprint is in the runs."""
-    counts = here.loc[here["dataset"] == scale.data["name"], "fingerprint"].value_counts()
-    if len(counts) == 1:
-        return plan([artifact], scale, seeds, fingerprint=str(counts.index[0]))
-    sweep = plan([artifact], scale, seeds)
-    if sweep.provisional and len(counts):
-        found = ", ".join(f"{name} ({n} runs)" for name, n in counts.items())
-        print(
-            f"{scale.name}: the store has runs on several sets of pictures: {found}; showing the first", file=sys.stderr
-        )
-        return plan([artifact], scale, seeds, fingerprint=str(counts.index[0]))
-    return sweep
-
-
-class _Builder:
-    def __init__(self, frame: pd.DataFrame, sweep: Sweep, seeds: list[int]):
-        self.frame, self.sweep, self.seeds = frame, sweep, seeds
-        self.arms = arms(sweep)
+    def __init__(self, frame: pd.DataFrame, sweep: Sweep, seeds: list[int], synthetic: bool = False):
+        self.frame, self.sweep, self.seeds, self.synthetic = frame, sweep, seeds, synthetic
+        self.arms = arms(sweep, frame)
         self.printed, self.dashes = printed(), dashes()
-        self.used: set[str] = set()
-        self.notes: list[str] = []
         self.pools: dict[tuple[str, str], Pool | None] = {}
+        self.stale = stale(frame)
+        self.states = dict(zip(map(str, frame.index), map(str, frame["state"]), strict=True))
+        self.values: dict[str | None, dict[str, float]] = {}
 
     def table(self, artifact: Artifact) -> Table:
+        self.used: set[str] = set()
+        self.notes: list[str] = []
         rows = [TableRow(row.name, row.label, dict(row.meta), {}) for row in artifact.rows]
         by_name = {row.name: row for row in rows}
         for cell in artifact.cells.values():
@@ -202,15 +181,10 @@ class _Builder:
             for name in not_worse(estimates, column.higher_is_better):
                 shown[name].best = True
         runs = self.frame.loc[sorted(self.used)]
-        synthetic = set(runs["synthetic"].dropna())
-        if len(synthetic) > 1:
-            made_up = runs.index[runs["synthetic"].fillna(False).astype(bool)]
-            found = f"{len(made_up)} of {len(runs)} runs are synthetic (e.g. {made_up[0]})"
-            raise UserError(f"{artifact.name}: {found}: not mixed with real ones")
         table = Table(
             artifact.name, artifact.kind, artifact.title, self.sweep.scale.name, self.sweep.scale.title,
             self.dataset(runs), ", ".join(frames.distinct(runs["model"])) or None, artifact.columns, rows, self.seeds,
-            len(runs), self.commits(runs), synthetic == {True}, list(artifact.notes),
+            len(runs), self.commits(runs), self.synthetic, list(artifact.notes),
         )  # fmt: skip
         self.explain(table)
         return table
@@ -221,41 +195,61 @@ class _Builder:
             column = next(c for c in artifact.columns if c.name == cell.column)
             paper = Printed(artifact.paper[cell.name], column.decimals, column.unit, artifact.name)
         ids = list(dict.fromkeys(identity for _, identity in self.sweep.cells.get(cell.name, [])))
-        rows = self.frame.loc[[i for i in ids if i in self.frame.index]]
-        states = set(rows["state"])
-        done = rows[rows["state"] == "done"]
-        known = done[cell.metric].dropna() if cell.metric in done.columns else done["top1"].iloc[:0]
+        states = {i: self.states[i] for i in ids if i in self.states}
+        done = [i for i, state in states.items() if state == "done"]
+        measured = self.measured(cell.metric)
+        known = [i for i in done if i in measured]
         value, decimals = (paper.value, paper.decimals) if paper else (None, None)
         dash = cell.name in self.dashes
-        result = TableCell(cell.name, value, decimals, dash, "not run", len(ids), list(known.index))
-        if "torn" in states:
-            torn = rows.index[rows["state"] == "torn"]
-            self.notes.append(f"{', '.join(torn)}: {rows.loc[torn[0], 'message']}; left out.")
-        if not len(known):
-            if len(done):
+        result = TableCell(cell.name, value, decimals, dash, "not run", len(ids), known)
+        if torn := [i for i, state in states.items() if state == "torn"]:
+            why: Any = self.frame.at[torn[0], "message"]
+            self.notes.append(f"{', '.join(torn)}: {why}; left out.")
+        if not known:
+            if done:
                 result.state = "no value"
-            elif states & {"failed", "torn"}:
+            elif {"failed", "torn"} & set(states.values()):
                 result.state = "failed"
-            elif "running" in states:
+            elif "running" in states.values():
                 result.state = "running"
             return result
-        kinds = {self.arms[identity] for identity in known.index}
-        if len(kinds) > 1:
-            raise UserError(f"{cell.name}: {', '.join(known.index)} differ in more than the seed: not averaged")
-        self.used.update(known.index)
+        if len({self.arms[identity] for identity in known}) > 1:
+            raise UserError(f"{cell.name}: {', '.join(known)} differ in more than the seed: not averaged")
+        self.used.update(known)
         result.state = "measured" if len(known) == len(ids) else "partly"
+        result.stale = not self.stale.isdisjoint(known)
         assert cell.metric is not None
-        pooled = self.pooled(str(done.loc[known.index[0], "stage"]), cell.metric)
-        result.estimate = estimate([float(v) for v in known], pooled, _repeats(done, cell.metric))
+        stage = str(self.frame.at[known[0], "stage"])
+        # A cost grows with what is measured, so the arms of its stage have no variance in common
+        pooled = None if stage == "cost" and len(known) > 1 else self.pooled(stage, cell.metric)
+        repeats = self.repeats(known[0], cell.metric) if len(done) == 1 else None
+        result.estimate = estimate([measured[i] for i in known], pooled, repeats)
         if paper is not None and self.sweep.scale.name == "paper":
             result.verdict = verdict(result.estimate, paper)
+            result.difference = result.estimate.mean - paper.value
         return result
+
+    def measured(self, metric: str | None) -> dict[str, float]:
+        """The value of every run that has one."""
+        if metric not in self.values:
+            known = self.frame[metric].dropna() if metric in self.frame.columns else pd.Series(dtype=float)
+            self.values[metric] = {str(i): float(value) for i, value in known.items()}
+        return self.values[metric]
+
+    def repeats(self, run: str, metric: str) -> tuple[float, int] | None:
+        """Spread and number of a cost run's repeats."""
+        if f"{metric}_sd" not in self.frame.columns:
+            return None
+        spread: Any = self.frame.at[run, f"{metric}_sd"]
+        number: Any = self.frame.at[run, "repeats"]
+        return None if pd.isna(spread) else (float(spread), int(number))
 
     def pooled(self, stage: str, metric: str) -> Pool | None:
         """Over every arm of this stage in the store at this scale and on these pictures, not this artifact's only."""
         if (stage, metric) not in self.pools:
-            mine = self.frame[self.frame["state"].eq("done") & self.frame[metric].notna()]
-            mine = mine[mine["stage"].eq(stage)]
+            columns = ["scale", "fingerprint", "synthetic", "arm", metric]
+            done = self.frame["stage"].eq(stage) & self.frame["state"].eq("done") & self.frame[metric].notna()
+            mine = self.frame.loc[done.to_numpy(bool), columns]
             planned = mine.index.isin(list(self.sweep.runs))
             same = mine["scale"].eq(self.sweep.scale.name).fillna(False).astype(bool)
             for key in ("fingerprint", "synthetic"):
@@ -310,10 +304,12 @@ class _Builder:
             notes.append("Measured at another scale than the paper's: side by side, not compared; no verdict is given.")
         if table.runs == 0:
             notes.append("The store has no finished run of this artifact at this scale.")
+        if any(cell.stale for cell in cells):
+            notes.append(f"{STALE}: the code that makes these numbers has changed in substance since their runs.")
         if "pooled" in sources:
             pools = {(p.arms, p.df): f"{p.arms} arm{'s' * (p.arms > 1)}, {p.df} df" for p in self.pools.values() if p}
             notes.append(
-                "Cells with one seed borrow the variance pooled over the arms of their stage that have several "
+                f"Cells with fewer than {FEW} seeds have the variance pooled over all arms of their stage with several "
                 f"({'; '.join(pools.values())})."
             )
         if "repeats" in sources:
@@ -325,19 +321,32 @@ class _Builder:
         notes += dict.fromkeys(self.notes)
 
 
-def arms(sweep: Sweep) -> dict[str, str]:
-    """The arm of every planned run: as the frame's column, but from the plan, so that it needs no folder."""
+def stale(frame: pd.DataFrame) -> set[str]:
+    """Ids of the runs that were made, or whose need was made, by code that has changed in substance since.
+
+    frame: indexed by id. A run that does not say by which code it was made is not among them.
+    """
+    recorded = frame.loc[frame["substance"].notna().to_numpy(bool), ["stage", "substance"]]
+    today = {stage: provenance.substance(stage) for stage in set(recorded["stage"]) & provenance.STAGE_MODULES.keys()}
+    expected = recorded["stage"].map(today)
+    changed = set(recorded.index[(expected.notna() & (expected != recorded["substance"])).to_numpy(bool)])
+    needs = frame["need"].dropna()
+    return changed | set(needs.index[needs.isin(changed)]) if changed else changed
+
+
+def arms(sweep: Sweep, frame: pd.DataFrame | None = None) -> dict[str, str]:
+    """The arm of every planned run: as the frame's column, but from the plan, so that it needs no folder.
+
+    frame: indexed by id; what it knows is not worked out again.
+    """
+    own: dict[str, str] = {}
+    if frame is not None:
+        known = frame["arm"].dropna()
+        known = known[known.index.isin(list(sweep.runs))]
+        own = {str(i): str(arm).partition("+")[0] for i, arm in zip(known.index, known, strict=True)}
     found: dict[str, str] = {}
     for identity, run in sweep.runs.items():
-        config = dump(run.config)
-        need = (config.get("init") or {}).get("run")
-        found[identity] = frames.arm_name(frames.config_hash(config)[1], found.get(need, need) if need else None)
+        need = getattr(getattr(run.config, "init", None), "run", None)
+        mine = own.get(identity) or frames.config_hash(dump(run.config))[1]
+        found[identity] = frames.arm_name(mine, found.get(need, need) if need else None)
     return found
-
-
-def _repeats(done: pd.DataFrame, metric: str) -> tuple[float, int] | None:
-    """Spread and number of a single cost run's repeats."""
-    column = f"{metric}_sd"
-    if len(done) != 1 or column not in done.columns or pd.isna(done[column].iloc[0]):
-        return None
-    return float(done[column].iloc[0]), int(done["repeats"].iloc[0])

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sdae.errors import UserError
+
+if TYPE_CHECKING:
+    from sdae.store import Store
 
 StoreDir = Annotated[Path, typer.Option("--store", help="Folder of the run folders.")]
 ScaleName = Annotated[str, typer.Option("--scale", help="smoke, mini, small, paper, or a YAML file.")]
@@ -42,6 +45,13 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return None if isinstance(value, float) and value - value != 0 else value
+
+
+def told_synthetic(store: Store) -> Store:
+    """The store; where its results are made up, the first line on stdout says so."""
+    if store.synthetic:
+        print(f"SYNTHETIC: the results in {store.root} are made up, no model was trained")
+    return store
 
 
 def note(text: str) -> None:

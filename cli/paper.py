@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from cli.output import Json, ScaleName, StoreDir, emit, parse_seeds
+from cli.output import Json, Names, ScaleName, StoreDir, emit, note, parse_seeds
 from cli.output import table as table_of
 
 app = typer.Typer(help="The paper's tables and figures, from the store.", no_args_is_help=True)
@@ -38,7 +38,7 @@ def table(
 ) -> None:
     """A table: the paper's value, the measured one, its interval, the number of seeds."""
     from analysis.render import render
-    from analysis.table import build
+    from analysis.study import build
     from sdae.store import Store
 
     full = f"table{name}" if name.isdigit() else name
@@ -69,7 +69,7 @@ def figure(
         return
     from analysis.figures import PANELS
     from analysis.render import render
-    from analysis.table import build
+    from analysis.study import build
 
     panels = [build(Store(store), panel, scale, chosen) for panel in (PANELS if full == "figure4" else (full,))]
     if json or format is Format.json:
@@ -77,6 +77,100 @@ def figure(
         return emit(documents if full == "figure4" else documents[0])
     assert format is not None
     print("\n\n".join(render(panel, format.value).rstrip("\n") for panel in panels))
+
+
+@app.command()
+def claims(
+    artifacts: Names = None,
+    scale: ScaleName = "smoke",
+    store: StoreDir = Path("runs"),
+    seeds: SeedsOrAll = None,
+    format: Annotated[Format | None, typer.Option("--format", help="md, csv or json; default: a short table.")] = None,
+    json: Json = False,
+) -> None:
+    """The paper's sentences, and your own, against what was measured: supported, contradicted or undecided."""
+    from analysis.study import study
+    from analysis.verdicts import found, judge_study, render
+    from sdae.store import Store
+
+    measured = study(Store(store), artifacts or (), scale, parse_seeds(seeds) if seeds else None)
+    entries = judge_study(measured)
+    if json or format is Format.json:
+        return emit(entries)
+    if format is not None:
+        return print(render(entries, measured, format.value).rstrip("\n"))
+    order = ["contradicted", "supported", "undecided"]
+    rows = [[e["verdict"], e["claim"], found(e), e["target"], e["needs"]] for e in entries]
+    rows.sort(key=lambda row: order.index(row[0]))
+    table_of(["", "claim", "estimate", "says", "needs"], rows, measured.scale.title)
+    tally = Counter(row[0] for row in rows)
+    made_up = "SYNTHETIC RESULTS, made up: " if measured.synthetic else ""
+    print(f"{made_up}{len(rows)} claims: {', '.join(f'{tally[verdict]} {verdict}' for verdict in order)}")
+
+
+@app.command()
+def report(
+    artifacts: Names = None,
+    scale: ScaleName = "smoke",
+    store: StoreDir = Path("runs"),
+    seeds: SeedsOrAll = None,
+    out: Annotated[Path, typer.Option("--out", help="Folder for the report.")] = Path("paper"),
+    json: Json = False,
+) -> None:
+    """Everything on one page that needs no network, report.html, and the same as LaTeX and, where it is there, PDF."""
+    from analysis.report import pdf, write
+    from analysis.study import study
+    from sdae.store import Store
+
+    paths = write(study(Store(store), artifacts or (), scale, parse_seeds(seeds) if seeds else None), out)
+    if not any(path.name == "report.pdf" for path in paths):
+        note(f"no report.pdf: none of {', '.join(pdf.ENGINES)} is installed")
+    if json:
+        return emit({"files": [str(path) for path in paths]})
+    for path in paths:
+        print(path)
+
+
+@app.command()
+def explain(
+    cell: Annotated[str, typer.Argument(metavar="CELL", help="A cell's name, e.g. table5.folds.top1.")],
+    scale: ScaleName = "smoke",
+    store: StoreDir = Path("runs"),
+    seeds: SeedsOrAll = None,
+    artifact: Annotated[Path | None, typer.Option("--artifact", help="The YAML file of your own it is in.")] = None,
+    json: Json = False,
+) -> None:
+    """All that is behind one cell: paper, measurement, runs, configs, code, machines, checkpoints, logs."""
+    from analysis.explain import explain as behind
+    from analysis.explain import text
+    from analysis.study import study
+    from sdae.store import Store
+
+    source = str(artifact or cell.partition(".")[0])
+    found = behind(study(Store(store), [source], scale, parse_seeds(seeds) if seeds else None), cell)
+    emit(found) if json else print(text(found), end="")
+
+
+@app.command()
+def diff(
+    a: Annotated[str, typer.Argument(metavar="A", help="A store's folder, or a time: runs of --store until then.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="Likewise.")],
+    scale: ScaleName = "smoke",
+    store: StoreDir = Path("runs"),
+    seeds: SeedsOrAll = None,
+    artifact: Annotated[list[str] | None, typer.Option("--artifact", help="Only this one; may be repeated.")] = None,
+    json: Json = False,
+) -> None:
+    """What changed from A to B: cells that moved, verdicts that flipped, and by which runs."""
+    from analysis.diff import diff as compare
+    from analysis.diff import side, text
+    from analysis.verdicts import judge_study
+    from sdae.store import Store
+
+    chosen = parse_seeds(seeds) if seeds else None
+    before, after = (side(one, Store(store), artifact or (), scale, chosen) for one in (a, b))
+    found = compare(before, after, judge_study(before), judge_study(after))
+    emit(found) if json else print(text(found), end="")
 
 
 @app.command()

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from cli.output import Json, StoreDir, emit, table
+from cli.output import Json, StoreDir, emit, table, told_synthetic
 
 app = typer.Typer(help="What the store holds: collect, list, show, compare, export.", no_args_is_help=True)
 Run = Annotated[str, typer.Argument(metavar="ID", help="A run's id or the beginning of it.")]
@@ -20,9 +20,12 @@ def collect(store: StoreDir = Path("runs"), json: Json = False) -> None:
     from analysis.frame import collect as gather
     from sdae.store import Store
 
-    counts = {str(state): int(n) for state, n in gather(Store(store))["state"].value_counts().items()}
+    folder = Store(store)
+    counts = {str(state): int(n) for state, n in gather(folder)["state"].value_counts().items()}
     if json:
-        return emit({"store": str(store), "runs": sum(counts.values()), "states": counts})
+        runs = sum(counts.values())
+        return emit({"store": str(store), "synthetic": folder.synthetic, "runs": runs, "states": counts})
+    told_synthetic(folder)
     print(
         f"{sum(counts.values())} runs in {store}: {', '.join(f'{n} {state}' for state, n in counts.items()) or 'none'}"
     )
@@ -48,6 +51,7 @@ def list_(
         return emit(records)
     keys = ["id", "state", "scale", "seed", "epochs", "top1", "loss", "seconds"]
     rows = [[f"{r[k]:.4g}" if isinstance(r.get(k), float) else r.get(k) for k in keys] for r in records]
+    told_synthetic(Store(store))
     table(keys, rows, str(store))
 
 
@@ -62,6 +66,7 @@ def show(run: Run, store: StoreDir = Path("runs"), json: Json = False) -> None:
     found = look(Store(store), run)
     if json:
         return emit(found)
+    told_synthetic(Store(store))
     print(yaml.safe_dump(jsonlib.loads(jsonlib.dumps(found, default=str)), sort_keys=False), end="")
 
 
@@ -74,6 +79,7 @@ def compare(first: Run, second: Run, store: StoreDir = Path("runs"), json: Json 
     found = look(Store(store), first, second)
     if json:
         return emit(found)
+    told_synthetic(Store(store))
     rows = [[key, *values, None] for key, values in found["config"].items()]
     rows += [[key, *values] for key, values in found["metrics"].items()]
     table(["", *found["runs"], "difference"], rows)
@@ -92,4 +98,5 @@ def export(
     rows = write(Store(store), out)
     if json:
         return emit({"file": str(out), "rows": rows})
+    told_synthetic(Store(store))
     print(f"{rows} runs in {out}")

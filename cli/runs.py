@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli.output import DataDir, Jobs, Json, Names, ScaleName, Seeds, StoreDir, emit, note, parse_seeds, table
+from cli.output import DataDir, Jobs, Json, Names, Seeds, StoreDir, emit, note, parse_seeds, table
+from sdae.errors import UserError
 
 if TYPE_CHECKING:
     from ablations.planner import Sweep
@@ -24,12 +25,24 @@ INTERRUPTED = 130
 
 def reproduce(
     artifacts: Names = None,
-    scale: ScaleName = "smoke",
-    store: StoreDir = Path("runs"),
-    out: Annotated[Path, typer.Option("--out", help="Folder for tables and figures.")] = Path("paper"),
+    scale: Annotated[
+        str | None, typer.Option("--scale", help="smoke, mini, small, paper, or a YAML file.", show_default="smoke")
+    ] = None,
+    store: Annotated[
+        Path | None, typer.Option("--store", help="Folder of the run folders.", show_default="runs")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder for tables and figures.", show_default="paper")
+    ] = None,
     seeds: Seeds = "0",
     jobs: Jobs = None,
     data: DataDir = None,
+    synthetic: Annotated[
+        bool,
+        typer.Option(
+            "--synthetic", help="Run nothing: results made up, at scale paper, runs-synthetic, paper-synthetic."
+        ),
+    ] = False,
     json: Json = False,
 ) -> None:
     """Plan, run here, collect, render: the main job. Call it again to go on; what is done is not run again."""
@@ -37,6 +50,12 @@ def reproduce(
     from sdae.store import Store
 
     numbers = parse_seeds(seeds)
+    if synthetic:
+        if jobs is not None or data is not None:
+            raise UserError("--synthetic: runs nothing and reads no pictures, so it goes without --jobs and --data")
+        made = store or Path("runs-synthetic"), out or Path("paper-synthetic")
+        return _made_up(artifacts, scale or "paper", numbers, *made, json)
+    scale, store, out = scale or "smoke", store or Path("runs"), out or Path("paper")
     planned = plan(artifacts or (), scale, numbers, data_path=data)
     folder = Store(store)
     summary = run_here(planned, folder, jobs, retry=False)
@@ -52,6 +71,24 @@ def reproduce(
         print(f"{len(files)} files in {out}; start with {out / 'README.md'}")
     if not summary.ok:
         raise typer.Exit(1)
+
+
+def _made_up(artifacts: list[str] | None, scale: str, seeds: list[int], store: Path, out: Path, json: bool) -> None:
+    """`reproduce --synthetic`."""
+    from ablations.planner import plan
+    from analysis.publish import publish
+    from analysis.universe import make
+    from sdae.store import NO_PICTURES, SyntheticStore
+
+    planned = plan(artifacts or (), scale, seeds, fingerprint=NO_PICTURES)
+    folder = SyntheticStore(store)
+    counts = make(folder, planned, tell=note)
+    files = publish(folder, planned.artifacts, scale, seeds, out)
+    if json:
+        return emit({"scale": planned.scale.name, "synthetic": True, "counts": counts, "messages": {}, "files": files})
+    print(f"{len(files)} files in {out}; start with {out / 'README.md'}")
+    done = counts["done"] + counts["stale"]
+    print(f"SYNTHETIC: the results in {store} were made up ({done} of {planned.unique} runs), none was run")
 
 
 def run_here(planned: Sweep, store: Store, jobs: int | None, retry: bool) -> Summary:

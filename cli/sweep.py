@@ -11,7 +11,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli.output import DataDir, Jobs, Json, Names, ScaleName, Seeds, StoreDir, emit, note, parse_seeds, table
+from cli.output import (
+    DataDir,
+    Jobs,
+    Json,
+    Names,
+    ScaleName,
+    Seeds,
+    StoreDir,
+    emit,
+    note,
+    parse_seeds,
+    table,
+    told_synthetic,
+)
 from sdae.errors import UserError
 
 if TYPE_CHECKING:
@@ -48,6 +61,7 @@ def list_(scale: ScaleName = "smoke", seeds: Seeds = "0", store: StoreDir = Path
     rows = overview(load_scale(scale), parse_seeds(seeds), Store(store))
     if json:
         return emit(rows)
+    told_synthetic(Store(store))
     keys = ["artifact", "kind", "cells", "filled", "runs", "done", "title"]
     table(keys, [[row[key] for key in keys] for row in rows], scale)
 
@@ -63,8 +77,10 @@ def plan(
 ) -> None:
     """What would be run: every run once, needs first, with the cells that it feeds."""
     from ablations.planner import plan as make
+    from sdae.store import Store
 
-    _tell_plan(make(artifacts or (), scale, parse_seeds(seeds), data_path=data), store, json)
+    fingerprint = Store(store).fingerprint
+    _tell_plan(make(artifacts or (), scale, parse_seeds(seeds), data_path=data, fingerprint=fingerprint), store, json)
 
 
 def _tell_plan(planned: Sweep, store: Path, json: bool) -> None:
@@ -75,6 +91,7 @@ def _tell_plan(planned: Sweep, store: Path, json: bool) -> None:
     _tell_provisional(planned)
     if json:
         return emit(document)
+    told_synthetic(Store(store))
     rows = [[r["id"], r["state"], len(r["needs"]), r["feeds"][0], len(r["feeds"])] for r in document["runs"]]
     table(["run", "state", "needs", "feeds", "cells"], rows, planned.scale.title)
     hours = document["gpu_hours"]
@@ -293,7 +310,8 @@ def _runs(
         return runs
     last = last_submission(store) if scale is None else None
     scale = scale or (last.scale if last else "smoke")
-    return list(make(artifacts or (), scale, parse_seeds(seeds), data_path=data).runs.values())
+    planned = make(artifacts or (), scale, parse_seeds(seeds), data_path=data, fingerprint=store.fingerprint)
+    return list(planned.runs.values())
 
 
 @app.command()
@@ -354,6 +372,7 @@ def status(
     found = document()
     if json:
         return emit(found)
+    told_synthetic(folder)
     _tell_status(found)
 
 

@@ -18,7 +18,7 @@ from ablations.planner import plan
 from analysis.figures import PANELS, draw
 from analysis.frame import collect
 from analysis.render import render
-from analysis.table import build
+from analysis.study import build
 from sdae.store import Store
 from sdae.yamls import read_yaml
 

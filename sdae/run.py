@@ -24,7 +24,6 @@ from sdae.training.loop import Stop
 from sdae.training.telemetry import Pulse
 from sdae.weights import with_digest
 
-STAGE_MODULES = {"pretrain": "pretrain", "finetune": "classify", "linprobe": "classify", "cost": "cost"}
 ATTENTION = {
     "flash": [SDPBackend.FLASH_ATTENTION], "efficient": [SDPBackend.EFFICIENT_ATTENTION], "math": [SDPBackend.MATH],
 }  # fmt: skip
@@ -46,6 +45,7 @@ def execute(
     Raises UserError for bad input (nothing is recorded), NeedNotDone, AlreadyRunning, RunFailed (`failure.json` says
     why) and Interrupted (the state is saved; execute again to go on).
     """
+    store.must_be_real()
     if config.stage != "cost":
         config = with_content(config)
     folder = store.run(run_id(config))
@@ -93,10 +93,10 @@ def _execute(
     config: Config, store: Store, folder: RunFolder, world: distributed.World,
     progress: Callable[[dict[str, Any]], None] | None,
 ) -> dict[str, Any]:  # fmt: skip
-    stage = import_module(f"sdae.stages.{STAGE_MODULES[config.stage]}")
+    stage = import_module(f"sdae.stages.{provenance.STAGE_MODULES[config.stage]}")
     began = time.time()
     if world.first:
-        folder.write("provenance.json", provenance.record())
+        folder.write("provenance.json", provenance.record(config.stage))
         folder.forget_failure()
         say(folder, f"{folder.id} starts on {world.device}, {world.size} process(es)")
     try:
@@ -147,7 +147,9 @@ def _result(
         },
         "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
         "world_size": world.size, "synthetic": False, "config": dump(config),
-        "provenance": {"commit": origin["commit"], "dirty": origin["dirty"]},
+        "provenance": {
+            "commit": origin["commit"], "dirty": origin["dirty"], "substance": provenance.substance(config.stage),
+        },
         "skipped": outcome.get("skipped", []),
     }  # fmt: skip
 

@@ -15,7 +15,7 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,13 @@ from sdae.yamls import read_yaml
 
 FORMAT = 1
 SUBMISSION = "SDAE_SUBMISSION"  # environment variable: the array that this process belongs to
+MARK = "SYNTHETIC"  # the file that says that a store's results were made up
+NO_PICTURES = "synthetic"  # in place of the pictures' fingerprint: a made-up run has another id than a real one
+MARK_TEXT = """\
+The results in this folder were made up by `sdae-cli reproduce --synthetic`: values of the paper plus noise, with faults
+and gaps, to look at tables, figures and pages before anything is run. No model was trained. Real runs refuse this
+folder, and results that were measured are not read here. Delete the whole folder when it has served.
+"""
 GRACE_SECONDS = 300.0  # a heartbeat older than this, from another machine, is that of a lost run
 
 
@@ -296,6 +303,21 @@ class Store:
         if self.root.exists() and not self.root.is_dir():
             raise UserError(f"{self.root}: the store must be a folder")
 
+    @property
+    def synthetic(self) -> bool:
+        """Whether the store is marked as one of made-up results."""
+        return (self.root / MARK).exists()
+
+    @property
+    def fingerprint(self) -> str | None:
+        """What a plan for this store takes for that of its pictures; None: what they have."""
+        return NO_PICTURES if self.synthetic else None
+
+    def must_be_real(self) -> None:
+        """Raises UserError where a real run would stand among made-up ones."""
+        if self.synthetic:
+            raise UserError(f"{self.root}: holds synthetic results (its file {MARK}); real runs need another --store")
+
     def run(self, identity: str) -> RunFolder:
         if "/" in identity or identity.startswith("."):
             raise UserError(f"{identity!r} is not a run's id")
@@ -337,3 +359,28 @@ class Store:
 
     def remove(self, identity: str) -> None:
         shutil.rmtree(self.run(identity).path)
+
+
+class SyntheticStore(Store):
+    """A store of made-up results. Making one marks the folder, and refuses one that has real runs in it."""
+
+    def __init__(self, root: str | Path = "runs-synthetic"):
+        super().__init__(root)
+        if not self.synthetic:
+            if found := self.ids()[:1] or [name for name in (".slurm",) if (self.root / name).exists()]:
+                raise UserError(
+                    f"{self.root}: holds real runs ({found[0]}), no file {MARK}; synthetic results need another --store"
+                )
+            self.open()
+            write_atomically(self.root / MARK, MARK_TEXT)
+
+    def put(self, identity: str, files: Mapping[str, str]) -> None:
+        """A run folder with these files, the last one by rename. Nothing is flushed: what is lost is made up again."""
+        folder = self.run(identity).path
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        *first, last = files
+        for name in first:
+            (folder / name).write_text(files[name], encoding="utf-8")
+        temporary = folder / f".{last}.{uuid.uuid4().hex[:8]}.tmp"
+        temporary.write_text(files[last], encoding="utf-8")
+        temporary.replace(folder / last)

@@ -70,6 +70,7 @@ def run_local(
     """
     if jobs is not None and jobs < 1:
         raise UserError(f"--jobs {jobs}: at least 1")
+    store.must_be_real()
     began = time.monotonic()
     executor = _Executor(sweep, store, jobs, on_update, retry, target)
     executor.look(("ready",))
@@ -94,6 +95,7 @@ def check_pictures(sweep: Sweep) -> None:
 
 def failed_part(sweep: Sweep, store: Store) -> Sweep:
     """The failed runs of a sweep and all that need them."""
+    store.must_be_real()
     chosen = {identity for identity in sweep.runs if store.run(identity).state() == "failed"}
     for run in sweep.runs.values():
         if chosen.intersection(run.needs):

@@ -15,7 +15,7 @@ from slurm.look import Survey, log_of
 
 
 def status(runs: Iterable[PlannedRun], found: Survey) -> dict[str, Any]:
-    """{"counts": {state: n}, "runs": [..], "trouble": why Slurm told nothing}.
+    """{"counts": {state: n}, "runs": [..], "synthetic": whether they are made up, "trouble": why Slurm told nothing}.
 
     A state is waiting (for a need) | queued | running | done | failed | lost | started (stopped, resumable) | new |
     unknown.
@@ -37,7 +37,8 @@ def status(runs: Iterable[PlannedRun], found: Survey) -> dict[str, Any]:
             row["last_lines"] = tail(log_of(found.store, run.id), 5)
         rows.append(row)
     counts = Counter(row["state"] for row in rows)
-    return {"counts": dict(counts), "runs": rows, "trouble": found.trouble}
+    synthetic = found.store.synthetic
+    return {"counts": dict(counts), "runs": rows, "synthetic": synthetic, "trouble": found.trouble}
 
 
 def progress(folder: RunFolder, run: PlannedRun) -> dict[str, Any]:
@@ -57,7 +58,7 @@ def overview(scale: Scale, seeds: Sequence[int], store: Store) -> list[dict[str,
     """The suite's artifacts at a scale: how many cells and runs each has, and how many of these are done."""
     rows = []
     for name in available():
-        sweep = plan([name], scale, seeds)
+        sweep = plan([name], scale, seeds, fingerprint=store.fingerprint)
         artifact = sweep.artifacts[0]
         rows.append(
             {

@@ -197,6 +197,7 @@ def submit(
     sleep: Callable[[float], None] = time.sleep,
 ) -> Report:
     """Submits runs that `chosen` has picked. Raises UserError where sbatch refuses; what was submitted stays so."""
+    store.must_be_real()
     report, ledger, spots = Report(), Ledger(store), survey.spots()
     limits = slurm.limits()
     runs, report.left = within(runs, limits, survey.queued or len(slurm.queue()))

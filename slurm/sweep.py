@@ -9,7 +9,7 @@ from pathlib import Path
 from ablations.planner import PlannedRun
 from sdae.errors import UserError
 from sdae.store import GRACE_SECONDS, Store
-from slurm.cluster import Busy, Limits, NoSlurm, Slurm
+from slurm.cluster import Busy, Limits, NoSlurm, Refused, Slurm
 from slurm.heal import cancel, cancellable, forgive, mend
 from slurm.ledger import Ledger
 from slurm.local import EXECUTE
@@ -38,12 +38,13 @@ def look(
 
 def preview(runs: Sequence[PlannedRun], store: Store, profile: Profile, *, failed: bool = False) -> Outcome:
     """What `hand_over` would do, on a machine with or without Slurm; nothing is written."""
+    store.must_be_real()
     slurm, limits = None, Limits()
     try:
         slurm = Slurm()
         limits = slurm.limits()
-    except (NoSlurm, Busy):
-        pass  # what the store says must do
+    except (NoSlurm, Busy, Refused):  # absent, or installed and belonging to no cluster
+        slurm = None  # what the store says must do
     found = survey(runs, store, slurm)
     return Outcome(found, dry_run(chosen(runs, found, failed=failed), store, profile, limits, found))
 
@@ -60,6 +61,7 @@ def hand_over(
     target: str = EXECUTE,
 ) -> Outcome:
     """Submits what nobody has; with `failed`, what has failed too. UserError where Slurm is absent or refuses."""
+    store.must_be_real()
     slurm = slurm or Slurm()
     try:
         found = look(runs, store, grace=grace, slurm=slurm)

@@ -11,7 +11,7 @@ import numpy as np
 
 from ablations.planner import PlannedRun, Sweep
 from sdae.config import Config, dump
-from sdae.store import Store
+from sdae.store import MARK, Store
 
 
 def fill(
@@ -66,6 +66,8 @@ def result(config: Config, identity: str, metrics: Mapping[str, Any], *, synthet
 def write(store: Store, config: Config, identity: str, metrics: Mapping[str, Any], *, synthetic: bool = True) -> None:
     folder = store.run(identity).path
     folder.mkdir(parents=True, exist_ok=True)
+    if synthetic:
+        (store.root / MARK).touch()
     (folder / "result.json").write_text(json.dumps(result(config, identity, metrics, synthetic=synthetic), indent=1))
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -37,9 +38,9 @@ def store(tmp_path: Path, sweep: Sweep) -> Store:
 def count_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     read, seen = frames._read, []
 
-    def counted(store: Store, identity: str, stamp: int) -> dict:
+    def counted(store: Store, identity: str, *rest: Any) -> dict:
         seen.append(identity)
-        return read(store, identity, stamp)
+        return read(store, identity, *rest)
 
     monkeypatch.setattr(frames, "_read", counted)
     return seen

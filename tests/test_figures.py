@@ -10,7 +10,7 @@ from synthetic import fill
 
 from ablations.planner import plan
 from analysis.figures import PANELS, draw, paint, panel_of
-from analysis.table import build
+from analysis.study import build
 from sdae.errors import UserError
 from sdae.store import Store
 

@@ -317,6 +317,9 @@ def test_no_slurm_no_profile(yard: Yard, tmp_path: Path) -> None:
     called = yard.cli(*words, "--profile", "profile.yaml", "--dry-run")
     assert called.code == 0, called
     assert "#SBATCH --array=0" in called.out
+    yard.env |= {"PATH": os.environ["PATH"], "SLURM_CONF": str(tmp_path / "none")}  # installed, of no cluster
+    called = yard.cli(*words, "--profile", "profile.yaml", "--dry-run")
+    assert (called.code, called.out.count("#SBATCH --array=0")) == (0, 1), called
     assert not yard.store.root.exists()
 
 

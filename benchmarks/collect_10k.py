@@ -1,0 +1,123 @@
+"""How long the store of ten thousand runs takes to be read, and every table and figure to be made from it.
+
+    python benchmarks/collect_10k.py              # 83 seeds of all artifacts at scale paper: 10,043 made-up runs
+
+Prints JSON: seconds of each step (collecting: the best of five), their share of its limit, and the peak memory of the
+process that takes them all, in GiB. Exit code 1 where something is above its limit. `--store DIR` keeps the runs and
+uses them again; `--profile` prints where the time goes instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import json
+import os
+import pstats
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ablations.planner import Sweep, plan
+from sdae.store import NO_PICTURES, Store, SyntheticStore
+
+TRIES = 5  # a machine that others use as well is asked again
+LIMITS = {"make_s": 60.0, "collect_cold_s": 1.0, "collect_unchanged_s": 0.1, "everything_s": 30.0, "peak_gib": 1.0}
+
+
+def planned(seeds: int) -> Sweep:
+    return plan((), "paper", range(seeds), fingerprint=NO_PICTURES)
+
+
+def fill(store: SyntheticStore, seeds: int) -> dict[str, float]:
+    """Makes the runs, in a process of its own: what that takes is not what reading them takes."""
+    from analysis.universe import make
+
+    took: dict[str, float] = {}
+    sweep = timed(took, "plan_s", lambda: planned(seeds))
+    timed(took, "make_s", lambda: make(store, sweep))
+    return took
+
+
+def timed(took: dict[str, float], name: str, step: Callable[[], Any]) -> Any:
+    began = time.perf_counter()
+    found = step()
+    took[name] = time.perf_counter() - began
+    return found
+
+
+def measure(store: Store, out: Path) -> dict[str, float]:
+    """Seconds of each step. Imports are done before."""
+    import analysis.figures
+    import analysis.render
+    import analysis.report
+    import analysis.study
+    import analysis.verdicts
+    from analysis.frame import INDEX, collect
+
+    took: dict[str, float] = {}
+    tries: list[dict[str, float]] = [{} for _ in range(TRIES)]
+    for found in tries:
+        (store.root / INDEX).unlink(missing_ok=True)
+        runs = len(timed(found, "collect_cold_s", lambda: collect(store)))
+        timed(found, "collect_unchanged_s", lambda: collect(store))
+    took |= {name: min(found[name] for found in tries) for name in tries[0]}
+    began = time.perf_counter()
+    study = timed(took, "study_s", lambda: analysis.study.study(store, (), "paper"))
+    formats = analysis.render.FORMATS
+    render = analysis.render.render
+    timed(took, "tables_s", lambda: [render(t, f) for t in study.tables.values() for f in formats])
+    timed(took, "figure_s", lambda: analysis.figures.draw(store, "4", "paper", out))
+    verdicts = timed(took, "claims_s", lambda: analysis.verdicts.judge_study(study))
+    timed(took, "report_s", lambda: analysis.report.report(study, verdicts, out))
+    took["everything_s"] = took["collect_cold_s"] + time.perf_counter() - began
+    return {"runs": float(runs), **took, "peak_gib": peak_gib()}
+
+
+def peak_gib() -> float:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def in_its_own_process(step: str, options: argparse.Namespace, store: Path) -> dict[str, float]:
+    words = [sys.executable, __file__, "--step", step, "--store", str(store), "--seeds", str(options.seeds)]
+    here = os.pathsep.join([str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(words, check=True, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": here})
+    found: dict[str, float] = json.loads(done.stdout)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=83)
+    parser.add_argument("--store", type=Path)
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--step", choices=["fill", "measure"], help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        if options.step == "fill":
+            return print(json.dumps(fill(SyntheticStore(options.store), options.seeds)))
+        if options.step == "measure":
+            return print(json.dumps(measure(Store(options.store), Path(folder))))
+        store = options.store or Path(folder) / "runs"
+        found = {} if Store(store).synthetic else in_its_own_process("fill", options, store)
+        if options.profile:
+            with cProfile.Profile() as profile:
+                measure(Store(store), Path(folder))
+            pstats.Stats(profile).sort_stats("cumulative").print_stats(60)
+            return
+        found |= in_its_own_process("measure", options, store)
+    ratios = {name: round(found[name] / limit, 3) for name, limit in LIMITS.items() if name in found}
+    print(
+        json.dumps({"found": {k: round(v, 3) for k, v in found.items()}, "limits": LIMITS, "ratio": ratios}, indent=1)
+    )
+    sys.exit(any(ratio > 1 for ratio in ratios.values()))
+
+
+if __name__ == "__main__":
+    main()
