@@ -196,8 +196,10 @@ def _lines(e: dict[str, Any]) -> Iterator[str]:
     yield _line("paper", f"{paper['value']:.{paper['decimals']}f} ({paper['where']})" if paper else "does not print it")
     if measured:
         half = None if measured["high"] is None else (measured["high"] - measured["low"]) / 2
-        spread = "no interval" if half is None else f"± {half:.{digits}f} (95 %, from {_SOURCES[measured['source']]})"
-        yield _line("measured", f"{measured['mean']:.{digits}f} {spread}, n = {measured['n']} of {len(runs)}")
+        spread = (
+            ", no interval" if half is None else f" ± {half:.{digits}f} (95 %, from {_SOURCES[measured['source']]})"
+        )
+        yield _line("measured", f"{measured['mean']:.{digits}f}{spread}, n = {measured['n']} of {len(runs)}")
         if e["difference"] is not None:
             yield _line("difference", f"{e['difference']:+.{digits}f}: {e['verdict']}")
     elif not runs:

@@ -98,7 +98,8 @@ def _entries(cell: TableCell, column: Column, below: list[str]) -> list[_Entry]:
     entries = {
         "paper": _Entry(paper_text(cell)),
         "measured": _Entry(measured_text(cell, column), cell.best, cell.stale, cell.cell), "n": _Entry(seeds),
-        "Δ": _Entry(difference_text(cell, column), False, cell.stale and cell.difference is not None), "verdict": _Entry(cell.verdict or ""),
+        "Δ": _Entry(difference_text(cell, column), False, cell.stale and cell.difference is not None),
+        "verdict": _Entry(cell.verdict or ""),
     }  # fmt: skip
     return [entries[name] for name in below]
 

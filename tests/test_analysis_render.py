@@ -201,7 +201,7 @@ def made_at(scale: str, root: Path) -> Study:
     store = Store(root)
     sweep = plan((), scale, (0, 1), fingerprint="feed")
     fill(store, sweep, skip=("table5.masked",))
-    for cell in ("table5.full.top1", "table1.crop.time", "figure4a.epoch-0.90-300.top1"):
+    for cell in ("table5.full.top1", "table1.crop.time", "figure4a.epoch-0.90-300.top1", "figure4b.crop-49.top1"):
         file = store.run(sweep.cells[cell][0][1]).path / "result.json"
         result = json.loads(file.read_text())
         file.write_text(json.dumps(result | {"provenance": {"substance": "0" * 16}}))
@@ -325,7 +325,7 @@ def test_all_formats_say_the_same_numbers(made: Study, artifact: str) -> None:
     assert from_html(texts["html"]) == expected
     assert from_latex(texts["latex"]) == expected
     assert any(entry[1] for entry in expected.values()) == (artifact not in ("table3", "table4"))
-    stale = {"table1": 3, "table5": 1, "figure4a": 1}.get(artifact, 0)
+    stale = {"table1": 3, "table5": 1, "figure4a": 1, "figure4b": 1}.get(artifact, 0)
     assert sum(entry[-1] for entry in expected.values()) == stale
     for cell in expected:
         assert explain(made, cell)["cell"] == cell
@@ -343,6 +343,8 @@ def test_stale_cells_are_greyed_and_said_to_be(made: Study) -> None:
     assert r'<td data-cell="table5.full.top1" class="stale" title="the code' in html
     assert r"\textcolor{gray}{" in render(table, "latex")
     assert not any("†" in note for note in made.tables["figure4c"].notes)
+    empty = [row for row in render(made.tables["figure4b"], "md").splitlines() if re.search(r"\| +† \|", row)]
+    assert not empty, "a cell without a number has no mark"
 
 
 def test_differences_at_the_papers_scale_only(tmp_path: Path) -> None:
