@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,10 +74,12 @@ def plan(
     *,
     fingerprint: str | None = None,
     data_path: str | None = None,
+    cells: Collection[str] | None = None,
 ) -> Sweep:
     """The sweep of some artifacts (none given: all of the suite's) at one scale.
 
-    fingerprint: that of the scale's pictures, where they are not on this machine. data_path: where they lie.
+    fingerprint: that of the scale's pictures, where they are not on this machine. data_path: where they lie. cells:
+    only the runs that feed these.
     """
     scale = load_scale(scale)
     if data_path is not None:
@@ -94,7 +96,7 @@ def plan(
             other = loaded[artifact.name].path
             raise UserError(f"two artifacts are named {artifact.name!r}: {other} and {artifact.path}")
         loaded[artifact.name] = artifact
-    return _Planner(scale, tuple(seeds), fingerprint).plan(list(loaded.values()))
+    return _Planner(scale, tuple(seeds), fingerprint).plan(list(loaded.values()), cells)
 
 
 class _First:
@@ -130,12 +132,14 @@ class _Planner:
         self.firsts: dict[str, _First] = {}
         self.texts: dict[tuple[int, str], str] = {}
 
-    def plan(self, artifacts: list[Artifact]) -> Sweep:
+    def plan(self, artifacts: list[Artifact], wanted: Collection[str] | None = None) -> Sweep:
         cells: dict[str, list[tuple[int, str]]] = {}
         requested = 0
         for artifact in artifacts:
             mine: dict[str, tuple[str, PlannedRun]] = {}
             for cell, (name, specs) in artifact.specs.items():
+                if wanted is not None and cell not in wanted:
+                    continue
                 where = f"{artifact.path}: rows.{artifact.cells[cell].row}.runs"
                 for seed in self.seeds:
                     run = self._resolve(name, specs, seed, where, ())

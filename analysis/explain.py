@@ -8,16 +8,21 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+from ablations.artifact import load_artifact
 from ablations.planner import PlannedRun
 from analysis.export import flat
+from analysis.frame import unknown
 from analysis.paper import printed
 from analysis.study import Study
+from analysis.study import study as study_of
 from analysis.table import stale
 from sdae.config import NOT_SCIENCE, dump, parse
-from sdae.store import RunFolder, read_json
+from sdae.errors import UserError
+from sdae.store import RunFolder, Store, read_json
 
 LOG_LINES = 10
 DETAILED = 2  # runs of which a terminal gets everything; JSON has it of all
@@ -25,6 +30,24 @@ _COLUMNS = [
     "seed", "state", "failure", "message", "seconds", "commit", "dirty", "substance", "started", "ended", "device",
 ]  # fmt: skip
 _NOT_COMPARED = ("seed", "init.run", "data.path")  # differ between arms by their nature, or are no science
+
+
+def explain_cell(
+    store: Store,
+    cell: str,
+    artifact: str | Path | None = None,
+    scale: str | Path = "smoke",
+    seeds: Sequence[int] | None = None,
+) -> dict[str, Any]:
+    """`explain` for one cell of a store, which plans no more runs than it shows. artifact: a user's own file."""
+    loaded = load_artifact(str(artifact or cell.partition(".")[0]), scale)
+    place = loaded.cells.get(cell)
+    if place is None:
+        raise UserError(unknown("cell", cell, loaded.cells))
+    column = [name for name, other in loaded.cells.items() if other.column == place.column and name in loaded.specs]
+    before = column[: column.index(cell)] if cell in column else []
+    source = loaded.path if artifact else loaded.name
+    return explain(study_of(store, [source], scale, seeds, cells={cell, *before[-1:]}), cell)
 
 
 def explain(study: Study, cell: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ stories of one store.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -69,11 +69,12 @@ def study(
     scale: str | Path = "smoke",
     seeds: Sequence[int] | None = None,
     until: datetime | None = None,
+    cells: Collection[str] | None = None,
 ) -> Study:
     """Some artifacts (none given: all of the suite's; names, or files of a user's own) from what the store holds.
 
-    seeds: null for all that it holds. until: only runs that had ended by then. Raises `UserError` where two configs
-    would stand in one mean.
+    seeds: null for all that it holds. until: only runs that had ended by then. cells: only the runs of these are
+    planned, all others count as not run. Raises `UserError` where two configs would stand in one mean.
     """
     loaded = load_scale(scale)
     frame = frames.collect(store)
@@ -82,7 +83,7 @@ def study(
     here = frame[(frame["scale"] == loaded.name) | frame["scale"].isna()]
     if seeds is None:
         seeds = sorted({int(seed) for seed in here["seed"].dropna()}) or [0]
-    sweep = _sweep(here, artifacts or available(), loaded, seeds)
+    sweep = _sweep(here, artifacts or available(), loaded, seeds, cells)
     builder = Builder(frame.set_index("id"), sweep, list(seeds), store.synthetic)
     tables = {artifact.name: builder.table(artifact) for artifact in sweep.artifacts}
     return Study(store, sweep, list(seeds), builder.frame, tables, builder.arms)
@@ -94,16 +95,22 @@ def build(store: Store, artifact: str | Path, scale: str | Path = "smoke", seeds
     return table
 
 
-def _sweep(here: pd.DataFrame, artifacts: Sequence[str | Path], scale: Scale, seeds: Sequence[int]) -> Sweep:
+def _sweep(
+    here: pd.DataFrame,
+    artifacts: Sequence[str | Path],
+    scale: Scale,
+    seeds: Sequence[int],
+    cells: Collection[str] | None,
+) -> Sweep:
     """The plan that the store's runs belong to. The pictures need not be here: their fingerprint is in the runs."""
     counts = here.loc[here["dataset"] == scale.data["name"], "fingerprint"].value_counts()
     if len(counts) == 1:
-        return plan(artifacts, scale, seeds, fingerprint=str(counts.index[0]))
-    sweep = plan(artifacts, scale, seeds)
+        return plan(artifacts, scale, seeds, fingerprint=str(counts.index[0]), cells=cells)
+    sweep = plan(artifacts, scale, seeds, cells=cells)
     if sweep.provisional and len(counts):
         found = ", ".join(f"{name} ({n} runs)" for name, n in counts.items())
         print(
             f"{scale.name}: the store has runs on several sets of pictures: {found}; showing the first", file=sys.stderr
         )
-        return plan(artifacts, scale, seeds, fingerprint=str(counts.index[0]))
+        return plan(artifacts, scale, seeds, fingerprint=str(counts.index[0]), cells=cells)
     return sweep

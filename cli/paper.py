@@ -141,13 +141,10 @@ def explain(
     json: Json = False,
 ) -> None:
     """All that is behind one cell: paper, measurement, runs, configs, code, machines, checkpoints, logs."""
-    from analysis.explain import explain as behind
-    from analysis.explain import text
-    from analysis.study import study
+    from analysis.explain import explain_cell, text
     from sdae.store import Store
 
-    source = str(artifact or cell.partition(".")[0])
-    found = behind(study(Store(store), [source], scale, parse_seeds(seeds) if seeds else None), cell)
+    found = explain_cell(Store(store), cell, artifact, scale, parse_seeds(seeds) if seeds else None)
     emit(found) if json else print(text(found), end="")
 
 

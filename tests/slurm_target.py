@@ -103,7 +103,7 @@ def _run(config: Config, store: Store, folder: RunFolder, told: set[int]) -> dic
         time.sleep(now["pause"])
         if folder.dispossessed:
             os._exit(75)
-        stop = told and not now["deaf"]
+        stop = bool(told) and not now["deaf"]  # of this moment: a later signal waits for the next step
         if now["save"] and (stop or step % now["save"] == 0) and step < now["steps"]:
             _save(folder, chain, step)
         folder.write("heartbeat.json", {"time": time.time(), "step": step, "steps": now["steps"], **place()})
