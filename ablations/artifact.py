@@ -116,6 +116,8 @@ METRICS = {
     "pretrain": ("loss", "target_std", "target_rank", "teacher_distance", "knn_top1", "images_per_s", "epochs"),
     "finetune": ("top1", "top5", "loss", "epochs"),
     "linprobe": ("top1", "top5", "loss", "epochs"),
+    "segment": ("miou", "macc", "aacc", "loss", "steps"),
+    "detect": ("apb", "apb50", "apb75", "apm", "apm50", "apm75", "loss", "steps"),
     "cost": ("time", "overhead", "memory", "images_per_s", "mfu", "gflop_per_image", "flop_counter_gflop"),
 }
 
@@ -169,13 +171,20 @@ def _scale_notes(artifact: Artifact, scale: Scale) -> list[str]:
     specs = [spec for _, runs in artifact.specs.values() for spec in runs.values()]
     stages = {recipes().get(str(spec.get("recipe")), {}).get("stage") for spec in specs}
     notes = []
-    factor = scale.epochs.pretrain
+    factor, shorter = scale.epochs.pretrain, []
     if factor != 1 and "pretrain" in stages:
-        tuned = scale_epochs(100, scale.epochs.finetune)
-        notes.append(
-            f"At scale {scale.name} 300 epochs of pre-training are {scale_epochs(300, factor)}, 100 of fine-tuning "
-            f"{tuned}; an EMA momentum m per epoch is m^{1 / factor:g}, per iteration m^(steps in the paper / here)."
-        )
+        shorter = [f"300 epochs of pre-training are {scale_epochs(300, factor)}"]
+    for stage, what, length, unit in (
+        ("finetune", "fine-tuning", 100, ""), ("segment", "segmentation", 160_000, " steps"),
+        ("detect", "detection", 87_960, " steps"),
+    ):  # fmt: skip
+        if getattr(scale.epochs, stage) != 1 and stage in stages:
+            shorter.append(f"{length:,}{unit} of {what} {scale_epochs(length, getattr(scale.epochs, stage)):,}")
+    if shorter:
+        note = f"At scale {scale.name} {', '.join(shorter)}"
+        if factor != 1 and "pretrain" in stages:
+            note += f"; an EMA momentum m per epoch is m^{1 / factor:g}, per iteration m^(steps in the paper / here)"
+        notes.append(f"{note}.")
     views = [((spec.get("method") or {}).get("teacher") or {}) for spec in specs]
     crops = sorted({v["tokens"] for v in views if v.get("view") == "crop" and isinstance(v.get("tokens"), int)})
     if crops and scale.tokens != PAPER_TOKENS:

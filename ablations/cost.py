@@ -25,6 +25,8 @@ def flop(config: Config, pictures: int = PAPER_PICTURES) -> float:
     if config.stage == "cost":
         steps = config.cost.repeats * config.cost.steps
         return 2 * steps * config.cost.batch_size * per_image(config)  # MAE is measured in between
+    if config.stage == "segment" or config.stage == "detect":
+        return config.optim.steps * config.optim.batch_size * per_image(config)
     count = config.data.train_pictures or pictures
     return config.optim.epochs * count * per_image(config)
 
@@ -126,4 +128,5 @@ def plan_document(sweep: Sweep, store: Store) -> dict[str, Any]:
     return {
         "scale": sweep.scale.name, "runs": runs, "requested": sweep.requested, "unique": sweep.unique,
         "done": len(done), "gpu_hours": _sum([*left.values()]), "artifacts": _by_artifact(sweep, left),
+        "blocked": [{"cell": cell, "reason": reason} for cell, reason in sweep.blocked.items()],
     }  # fmt: skip

@@ -12,24 +12,31 @@ from typing import Any
 
 from ablations.artifact import Artifact, Cell, Column, Row, available, load_artifact
 from ablations.scale import (
+    DENSE,
     PAPER_PICTURES,
     PAPER_TOKENS,
     SNAPSHOTS,
     Scale,
     load_scale,
     recipes,
+    round_half_up,
     scale_epochs,
     scale_momentum,
     scale_tokens,
     tidy,
 )
-from sdae.config import Config, Data, Model, count_masked, parse, run_id, science
+from sdae.config import Config, count_masked, parse, run_id, science
+from sdae.data.fingerprint import fingerprint
 from sdae.errors import UserError
+from sdae.released import RELEASED, SUFFIX, digest_of
+from sdae.sections import Model, Pictures
 from sdae.yamls import merge
 
 __all__ = ["Artifact", "Cell", "Column", "PlannedRun", "Row", "Sweep", "available", "load_artifact", "plan"]
 
 Values = Mapping[str, Any]
+NEEDS_RELEASED = "needs weights"
+MISSING = "blocked: weights missing"
 SHAPE = ("arch", "width", "depth", "heads", "mlp_ratio", "patch_size", "channels")
 
 
@@ -52,7 +59,8 @@ class PlannedRun:
 class Sweep:
     """`runs` in topological order. `requested`: runs summed over the artifacts, needs included, before they share any.
 
-    `provisional`: the pictures were not found, so ids are not those which the runs will have.
+    `provisional`: the pictures were not found, so ids are not those which the runs will have. `blocked`: cells whose
+    run wants what is not to be had here, and what that is.
     """
 
     scale: Scale
@@ -61,6 +69,7 @@ class Sweep:
     cells: dict[str, list[tuple[int, str]]]
     requested: int
     provisional: bool = False
+    blocked: dict[str, str] = field(default_factory=dict)
 
     @property
     def unique(self) -> int:
@@ -72,14 +81,14 @@ def plan(
     scale: str | Path | Scale = "smoke",
     seeds: Sequence[int] = (0,),
     *,
-    fingerprint: str | None = None,
+    content: str | Mapping[str, str] | None = None,
     data_path: str | None = None,
     cells: Collection[str] | None = None,
 ) -> Sweep:
     """The sweep of some artifacts (none given: all of the suite's) at one scale.
 
-    fingerprint: that of the scale's pictures, where they are not on this machine. data_path: where they lie. cells:
-    only the runs that feed these.
+    content: fingerprints of pictures and digests of weights that are not on this machine (`content_key`); a text
+    stands for all pictures. data_path: where the scale's pictures lie. cells: only the runs that feed these.
     """
     scale = load_scale(scale)
     if data_path is not None:
@@ -96,7 +105,7 @@ def plan(
             other = loaded[artifact.name].path
             raise UserError(f"two artifacts are named {artifact.name!r}: {other} and {artifact.path}")
         loaded[artifact.name] = artifact
-    return _Planner(scale, tuple(seeds), fingerprint).plan(list(loaded.values()), cells)
+    return _Planner(scale, tuple(seeds), content).plan(list(loaded.values()), cells)
 
 
 class _First:
@@ -122,11 +131,11 @@ class _First:
 
 
 class _Planner:
-    def __init__(self, scale: Scale, seeds: tuple[int, ...], fingerprint: str | None):
+    def __init__(self, scale: Scale, seeds: tuple[int, ...], content: str | Mapping[str, str] | None):
         self.scale, self.seeds = scale, seeds
+        self.any_pictures = content if isinstance(content, str) else None
+        self.content: Mapping[str, str] = {} if content is None or isinstance(content, str) else content
         self.fingerprints: dict[str, str | None] = {}
-        if fingerprint is not None:
-            self.fingerprints[_pictures(Data.model_validate(scale.data))] = fingerprint
         self.runs: dict[str, PlannedRun] = {}
         self.resolved: dict[tuple[str, int], PlannedRun] = {}
         self.firsts: dict[str, _First] = {}
@@ -134,11 +143,15 @@ class _Planner:
 
     def plan(self, artifacts: list[Artifact], wanted: Collection[str] | None = None) -> Sweep:
         cells: dict[str, list[tuple[int, str]]] = {}
+        blocked: dict[str, str] = {}
         requested = 0
         for artifact in artifacts:
             mine: dict[str, tuple[str, PlannedRun]] = {}
             for cell, (name, specs) in artifact.specs.items():
                 if wanted is not None and cell not in wanted:
+                    continue
+                if reason := self._blocked(specs[name].get("init")):
+                    blocked[cell] = reason
                     continue
                 where = f"{artifact.path}: rows.{artifact.cells[cell].row}.runs"
                 for seed in self.seeds:
@@ -147,7 +160,19 @@ class _Planner:
                     cells.setdefault(cell, []).append((seed, run.id))
                     requested += self._feed(run, cell, mine)
         provisional = None in self.fingerprints.values()
-        return Sweep(self.scale, artifacts, self.runs, cells, requested, provisional)
+        return Sweep(self.scale, artifacts, self.runs, cells, requested, provisional, blocked)
+
+    def _blocked(self, init: Any) -> str | None:
+        """Why a run from released weights cannot be run: they are of one network, and they must have been imported."""
+        weights = str(init.get("weights")) if isinstance(init, dict) and init.get("run") is None else ""
+        if weights not in _RELEASED:
+            return None
+        net = self.scale.network
+        if (net.arch, net.width, net.depth) != ("vit_base_patch16", 768, 12):
+            return NEEDS_RELEASED
+        if weights.startswith("file:") and weights not in self.content and digest_of(weights) is None:
+            return MISSING
+        return None
 
     def _feed(self, run: PlannedRun, cell: str, mine: dict[str, tuple[str, PlannedRun]]) -> int:
         """Notes that a run and its needs feed a cell; how many of them are new to the artifact."""
@@ -216,7 +241,7 @@ class _Planner:
             if key in own:
                 raise UserError(f"{where}.{key}: is set by {option}, not by an artifact")
         recipe = recipes()[name]
-        values = merge(merge(recipe, self.scale.part()), self.scale.recipes.get(name, {}))
+        values = merge(merge(recipe, self.scale.part(recipe["stage"])), self.scale.recipes.get(name, {}))
         if need is not None:  # the network is that of the pre-training
             values = merge(values, {"model": {k: getattr(need.config.model, k) for k in SHAPE}})
         values = merge(values, own)
@@ -241,6 +266,8 @@ class _Planner:
         if "optim" not in values:
             return 1, 1
         optim = dict(values["optim"])
+        if values["stage"] in DENSE:
+            return self._steps(values, optim, paper)
         epochs = optim["epochs"]
         here = scale_epochs(epochs, getattr(self.scale.epochs, values["stage"]))
         warmup = optim.get("warmup_epochs", 0)
@@ -256,6 +283,19 @@ class _Planner:
             paper |= {"optim.epochs": epochs, "optim.warmup_epochs": warmup}
         values["optim"] = optim
         return epochs, here
+
+    def _steps(self, values: dict[str, Any], optim: dict[str, Any], paper: dict[str, Any]) -> tuple[int, int]:
+        """Steps, warm-up and milestones by the scale's factor."""
+        factor = getattr(self.scale.epochs, values["stage"])
+        steps = optim["steps"]
+        here = scale_epochs(steps, factor)
+        optim |= {"steps": here, "warmup_steps": round_half_up(optim.get("warmup_steps", 0) * here / steps)}
+        if optim.get("milestones"):
+            optim["milestones"] = [max(1, round_half_up(m * here / steps)) for m in optim["milestones"]]
+        if here != steps:
+            paper["optim.steps"] = steps
+        values["optim"] = optim
+        return steps, here
 
     def _momentum(
         self, values: dict[str, Any], epochs: int, here: int, batch_paper: int, paper: dict[str, Any]
@@ -318,13 +358,27 @@ class _Planner:
             return config
         key = _pictures(config.data)
         if key not in self.fingerprints:
-            from sdae.data.fingerprint import fingerprint
+            given = self.any_pictures or self.content.get(content_key(config.stage, config.data.name))
+            self.fingerprints[key] = given or fingerprint(config.data)
+        update: dict[str, Any] = {"data": config.data.model_copy(update={"fingerprint": self.fingerprints[key]})}
+        init = getattr(config, "init", None)
+        if init is not None and init.run is None and init.weights.startswith("file:") and init.digest is None:
+            digest = self.content.get(init.weights) or digest_of(init.weights)
+            update["init"] = init.model_copy(update={"digest": digest})
+        return config.model_copy(update=update)
 
-            self.fingerprints[key] = fingerprint(config.data)
-        data = config.data.model_copy(update={"fingerprint": self.fingerprints[key]})
-        return config.model_copy(update={"data": data})
+
+def content_key(stage: str, dataset: str) -> str:
+    """How a data set is named among the known contents; a file of weights is named as `init.weights` names it."""
+    return f"{stage} {dataset}" if stage in DENSE else dataset
 
 
-def _pictures(data: Data) -> str:
+_RELEASED = frozenset(
+    f"timm:{released.timm}" if released.timm else f"file:{name}{SUFFIX}" for name, released in RELEASED.items()
+)
+
+
+def _pictures(data: Pictures) -> str:
     """What tells one set of pictures from another."""
-    return data.model_dump_json(include={"name", "path", "classes", "train_pictures", "val_pictures", "image_size"})
+    keys = {"name", "path", "classes", "train_pictures", "val_pictures", "image_size"}
+    return type(data).__name__ + data.model_dump_json(include=keys)

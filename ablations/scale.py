@@ -15,8 +15,9 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from sdae.config import Data, Efficiency, Model, Probe, count_masked, parse
+from sdae.config import count_masked, parse
 from sdae.errors import UserError
+from sdae.sections import Data, DetectData, Efficiency, Model, Pictures, Probe, SegmentData
 from sdae.yamls import explain, merge, read_yaml
 
 HERE = Path(__file__).parent
@@ -28,13 +29,18 @@ SNAPSHOTS = 15  # encoders kept along a pre-training (Figure 4c)
 Factor = Annotated[float, Field(gt=0, le=1)]
 
 
+DENSE = ("segment", "detect")  # stages with pictures of their own, which a recipe names
+
+
 class Factors(BaseModel):
-    """Epochs here per epoch of the paper, by stage."""
+    """Epochs (steps, of dense tasks) here per epoch of the paper, by stage."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     pretrain: Factor = 1.0
     finetune: Factor = 1.0
     linprobe: Factor = 1.0
+    segment: Factor = 1.0
+    detect: Factor = 1.0
 
 
 class Scale(BaseModel):
@@ -53,12 +59,20 @@ class Scale(BaseModel):
     recipes: dict[str, dict[str, Any]] = {}
     jobs: Annotated[int, Field(ge=1)] | None = None
 
-    def part(self) -> dict[str, Any]:
-        """The keys of a config that the scale sets for every run."""
-        return {
-            "data": self.data, "model": self.model, "precision": self.precision, "efficiency": self.efficiency,
-            "probe": self.probe, "scale": self.name,
+    def part(self, stage: str) -> dict[str, Any]:
+        """The keys of a config that the scale sets for every run of a stage."""
+        values = {
+            "model": self.model, "precision": self.precision, "efficiency": self.efficiency, "probe": self.probe,
+            "scale": self.name,
         }  # fmt: skip
+        return values if stage in DENSE else {"data": self.data, **values}
+
+    def pictures_of(self, stage: str) -> Pictures:
+        """The pictures of a stage's runs: the scale's own, or, of a dense task, those that its recipe names."""
+        if stage not in DENSE:
+            return Data.model_validate(self.data)
+        data = merge(recipes()[stage]["data"], self.recipes.get(stage, {}).get("data", {}))
+        return (SegmentData if stage == "segment" else DetectData).model_validate(data)
 
     @property
     def network(self) -> Model:
@@ -128,8 +142,8 @@ def _check(scale: Scale, path: Path) -> None:
                 "(100 : 300 : 1600 are to stay in proportion)"
             )
     for name, recipe in recipes().items():  # a wrong key is told here, with this file's name, not amid a plan
-        values = merge(merge(recipe, scale.part()), scale.recipes.get(name, {}))
-        if "optim" in values:
+        values = merge(merge(recipe, scale.part(recipe["stage"])), scale.recipes.get(name, {}))
+        if "warmup_epochs" in values.get("optim", {}):
             values = merge(values, {"optim": {"warmup_epochs": 0}})
         parse(values, f"{path}: recipes.{name}")
 

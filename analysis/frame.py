@@ -67,12 +67,23 @@ COLUMNS: dict[str, tuple[pa.DataType, str]] = {
     "momentum": (NUMBER, "EMA momentum (at the start)"),
     "momentum_end": (NUMBER, "its end on the cosine; NaN: constant"),
     "weights": (TEXT, "student or teacher of `need`, or random, timm:NAME, file:PATH"),
+    "digest": (TEXT, "sha256 of the file of `weights`"),
     "init_epoch": (WHOLE, "completed epochs of `need` whose weights were taken; <NA>: the last"),
     "epochs": (WHOLE, "epochs asked for"),
+    "steps": (WHOLE, "steps asked for (segment, detect)"),
     "batch_size": (WHOLE, "global batch"),
     "precision": (TEXT, "bf16 or fp32"),
     "top1": (NUMBER, "percent"),
     "top5": (NUMBER, "percent"),
+    "miou": (NUMBER, "percent, mean over classes (segment)"),
+    "macc": (NUMBER, "percent, mean over classes (segment)"),
+    "aacc": (NUMBER, "percent, over pixels (segment)"),
+    "apb": (NUMBER, "percent, AP of boxes (detect)"),
+    "apb50": (NUMBER, "percent"),
+    "apb75": (NUMBER, "percent"),
+    "apm": (NUMBER, "percent, AP of masks (detect)"),
+    "apm50": (NUMBER, "percent"),
+    "apm75": (NUMBER, "percent"),
     "loss": (NUMBER, "training loss of the last row"),
     "knn_top1": (NUMBER, "percent, online probe of a pre-training"),
     "time": (NUMBER, "cost: seconds per epoch"),
@@ -98,7 +109,8 @@ _HIDDEN = {"own": TEXT, "stamp": WHOLE}  # hash of the config without seed and p
 _TYPES = {name: kind for name, (kind, _) in COLUMNS.items()} | _HIDDEN
 _VERSION = hashlib.sha256(repr([2, FORMAT, sorted((k, str(v)) for k, v in _TYPES.items())]).encode()).hexdigest()[:16]
 _MAPPER = {TEXT: pd.StringDtype("pyarrow"), WHOLE: pd.Int64Dtype(), TRUTH: pd.BooleanDtype()}
-_PLAIN = ("top1", "top5", "loss", "knn_top1", "time", "overhead", "memory", "images_per_s", "mfu")
+_DENSE = ("miou", "macc", "aacc", "apb", "apb50", "apb75", "apm", "apm50", "apm75")
+_PLAIN = (*_DENSE, "top1", "top5", "loss", "knn_top1", "time", "overhead", "memory", "images_per_s", "mfu")
 INDEX = "index.parquet"
 _MIXED = {
     False: f"result.json is synthetic, made up, and the store has no file {MARK}: not taken for a measured one",
@@ -263,11 +275,11 @@ def _facts(row: dict[str, Any], config: dict[str, Any]) -> None:
     row["scale"], row["seed"], row["precision"] = config.get("scale"), config.get("seed"), config.get("precision")
     row["dataset"], row["fingerprint"], row["image_size"] = data["name"], data.get("fingerprint"), data["image_size"]
     row["classes"], row["model"] = data.get("classes"), model["arch"]
-    row["epochs"], row["batch_size"] = optim.get("epochs"), optim.get("batch_size")
+    row["epochs"], row["steps"], row["batch_size"] = optim.get("epochs"), optim.get("steps"), optim.get("batch_size")
     if cost := config.get("cost"):
         row["batch_size"], row["repeats"] = cost.get("batch_size"), cost.get("repeats")
     if init := config.get("init"):
-        row["need"], row["weights"] = init.get("run"), init.get("weights")
+        row["need"], row["weights"], row["digest"] = init.get("run"), init.get("weights"), init.get("digest")
         row["init_epoch"] = None if init.get("epoch") == "last" else init.get("epoch")
     if method := config.get("method"):
         row["method"], row["mask_ratio"], row["similarity"] = method["name"], method["mask_ratio"], method["similarity"]

@@ -21,7 +21,7 @@ import yaml
 
 from ablations.artifact import METRICS
 from ablations.planner import PlannedRun
-from ablations.scale import SNAPSHOTS
+from ablations.scale import DENSE, SNAPSHOTS
 from analysis.paper import printed
 from sdae import provenance
 from sdae.config import dump
@@ -31,7 +31,11 @@ from sdae.store import FORMAT, to_json
 NOISE = {"finetune": 0.10, "linprobe": 0.15, "segment": 0.30, "detect": 0.20}  # points, between seeds
 TIME_NOISE, MEMORY_NOISE = 0.01, 0.0005  # shares
 ABOUT = {"finetune": 83.3, "linprobe": 62.0, "segment": 47.0, "detect": 45.0, "cost": 700.0, "pretrain": 1.0}
-VALIDATION = {"imagefolder": (50_000, 1000), "tiny-imagenet": (10_000, 200)}  # pictures, classes; else as asked
+TRAINING = {"ade20k": 20_210, "coco": 117_266, "segmentation-folder": 367, "coco-json": 292}  # pictures
+VALIDATION = {  # pictures, classes; else as asked
+    "imagefolder": (50_000, 1000), "tiny-imagenet": (10_000, 200), "ade20k": (2000, 150), "coco": (5000, 80),
+    "segmentation-folder": (101, 11), "coco-json": (188, 80),
+}  # fmt: skip
 PEAK, MFU, FASTEST = 312e12, 0.43, 2500.0  # of a device: FLOP/s, share of them, pictures per second
 ROWS, DEVICES, SINCE = 20, 8, datetime(2026, 1, 1, tzinfo=UTC).timestamp()
 NOWHERE = "synthetic"  # host, device and versions
@@ -60,12 +64,16 @@ class MadeUp:
         self.method: Any = getattr(run.config, "method", None)
         self.random = random_of(seed, run.id)
         self.weights = f"{seed} {run.id}"
-        self.pictures = run.config.data.train_pictures or pictures
+        self.pictures = run.config.data.train_pictures or TRAINING.get(run.config.data.name, pictures)
         self.devices = 1 if self.stage == "cost" else DEVICES
         self.flop = per_image(run.config)
         self.speed = min(MFU * PEAK / self.flop, FASTEST) * self.devices * (1 + TIME_NOISE * self.random.normal())
         self.began = SINCE + int(self.random.integers(30 * 86400))
-        self.seconds = round(self.optim.epochs * self.pictures / self.speed + 20, 3) if self.optim else 120.0
+        self.seconds = 120.0
+        if self.optim:
+            dense = self.stage in DENSE
+            taken = self.steps * self.optim.batch_size if dense else self.epochs * self.pictures
+            self.seconds = round(taken / self.speed + 20, 3)
 
     def files(self, fate: str) -> dict[str, str]:
         """Name and content of each file, the one that says how the run stands last."""
@@ -83,7 +91,7 @@ class MadeUp:
         config = dump(self.config)
         beat: dict[str, Any] = {"time": now, "host": NOWHERE, "pid": 1, "id": self.run.id}
         if rows:
-            beat |= {"steps": self.steps, "epochs": self.optim.epochs} | rows[-1]
+            beat |= {"steps": self.steps, "epochs": self.epochs} | rows[-1]
         files = {
             "config.yaml": yaml.dump(config, Dumper=_DUMPER, sort_keys=False),
             "provenance.json": to_json(_provenance() | {"substance": self.substance(fate)}),
@@ -147,27 +155,39 @@ class MadeUp:
         found: dict[str, Any] = {k: round(v + spread * self.random.normal(), 4) for k, v in self.means.items()}
         if "top1" in found:
             found["top5"] = round(100 - 0.28 * (100 - found["top1"]), 4)
-        return found | {"loss": last["loss"], "epochs": self.optim.epochs}, rows
+        length = {"steps": self.steps} if self.stage in DENSE else {"epochs": self.epochs}
+        return found | {"loss": last["loss"]} | length, rows
 
     @property
     def steps(self) -> int:
-        return self.optim.epochs * max(1, self.pictures // self.optim.batch_size) if self.optim else 0
+        if self.stage in DENSE:
+            return int(self.optim.steps)
+        return self.epochs * max(1, self.pictures // self.optim.batch_size) if self.optim else 0
+
+    @property
+    def epochs(self) -> int:
+        """Whole epochs; those that the steps of a dense task come to."""
+        if self.stage in DENSE:
+            return max(1, int(self.steps * self.optim.batch_size // self.pictures))
+        return int(self.optim.epochs) if self.optim else 0
 
     def rows(self) -> list[dict[str, Any]]:
         """Some twenty rows of a loss that falls, with the keys of a real run's."""
-        optim, total = self.optim, self.optim.epochs
+        optim, total = self.optim, self.epochs
         epochs = sorted({max(1, round(n * total / ROWS)) for n in range(1, ROWS + 1)})
         draws = self.random.normal(size=(len(epochs), 4))
         first, final = (1.0, 0.48) if self.method else (6.5, 2.6)
-        peak, rows = optim.base_lr * optim.batch_size / 256, []
+        dense = self.stage in DENSE
+        peak, rows = optim.lr if dense else optim.base_lr * optim.batch_size / 256, []
+        floor, warmup = (0.0, optim.warmup_steps / self.steps * total) if dense else (optim.min_lr, optim.warmup_epochs)
         for epoch, (a, b, c, d) in zip(epochs, draws.tolist(), strict=True):
             part = epoch / total
-            warm = min(1.0, epoch / optim.warmup_epochs) if optim.warmup_epochs else 1.0
+            warm = min(1.0, epoch / warmup) if warmup else 1.0
             wave = 0.5 * (1 + math.cos(math.pi * part))
             row: dict[str, Any] = {
                 "step": self.steps * epoch // total, "epoch": float(epoch),
                 "loss": final + (first - final) * math.exp(-4 * part) * (1 + 0.02 * a),
-                "lr": warm * (optim.min_lr + (peak - optim.min_lr) * wave),
+                "lr": warm * (floor + (peak - floor) * wave),
             }  # fmt: skip
             if self.method and self.method.teacher:
                 ema = self.method.ema

@@ -63,7 +63,7 @@ class World:
 
 def world() -> World:
     """All cells of the suite at the paper's scale; rows that no run fills are arms of their own."""
-    sweep = plan([], "paper", fingerprint="simulated")
+    sweep = plan([], "paper", content="simulated")
     arms: dict[str, Hashable] = {}
     stages: dict[Hashable, str] = {}
     for artifact in sweep.artifacts:

@@ -7,6 +7,7 @@ stories of one store.
 from __future__ import annotations
 
 import sys
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ablations.planner import Artifact, Column, Sweep, available, plan
+from ablations.planner import Artifact, Column, Sweep, available, content_key, plan
 from ablations.scale import Scale, load_scale
 from analysis import frame as frames
 from analysis.table import Builder, Table, TableCell, TableRow
@@ -103,14 +104,28 @@ def _sweep(
     cells: Collection[str] | None,
 ) -> Sweep:
     """The plan that the store's runs belong to. The pictures need not be here: their fingerprint is in the runs."""
-    counts = here.loc[here["dataset"] == scale.data["name"], "fingerprint"].value_counts()
-    if len(counts) == 1:
-        return plan(artifacts, scale, seeds, fingerprint=str(counts.index[0]), cells=cells)
-    sweep = plan(artifacts, scale, seeds, cells=cells)
-    if sweep.provisional and len(counts):
-        found = ", ".join(f"{name} ({n} runs)" for name, n in counts.items())
-        print(
-            f"{scale.name}: the store has runs on several sets of pictures: {found}; showing the first", file=sys.stderr
-        )
-        return plan(artifacts, scale, seeds, fingerprint=str(counts.index[0]), cells=cells)
+    counts = _contents(here)
+    certain = {key: next(iter(values)) for key, values in counts.items() if len(values) == 1}
+    sweep = plan(artifacts, scale, seeds, content=certain, cells=cells)
+    unsure = {key: values for key, values in counts.items() if len(values) > 1}
+    if unsure and sweep.provisional:
+        for key, values in unsure.items():
+            found = ", ".join(f"{value} ({n} runs)" for value, n in values.items())
+            print(
+                f"{scale.name}: the store has runs on several sets of {key}: {found}; showing the first",
+                file=sys.stderr,
+            )
+        likely = {key: next(iter(values)) for key, values in unsure.items()}
+        return plan(artifacts, scale, seeds, content=certain | likely, cells=cells)
     return sweep
+
+
+def _contents(here: pd.DataFrame) -> dict[str, dict[str, int]]:
+    """By `content_key`: which fingerprints and digests the runs have, and how many of them, the most frequent first."""
+    pictures = here.loc[here["fingerprint"].notna().to_numpy(bool), ["stage", "dataset", "fingerprint"]]
+    weights = here.loc[here["digest"].notna().to_numpy(bool), ["weights", "digest"]]
+    keys = [content_key(*pair) for pair in zip(pictures["stage"].tolist(), pictures["dataset"].tolist(), strict=True)]
+    found: dict[str, Counter[str]] = defaultdict(Counter)
+    for key, value in [*zip(keys, pictures["fingerprint"].tolist(), strict=True), *weights.itertuples(index=False)]:
+        found[key][value] += 1
+    return {key: dict(values.most_common()) for key, values in found.items()}

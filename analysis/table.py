@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from ablations.planner import Artifact, Cell, Column, PlannedRun, Sweep
+from ablations.planner import MISSING, NEEDS_RELEASED, Artifact, Cell, Column, PlannedRun, Sweep
 from analysis import frame as frames
 from analysis.paper import Printed, dashes, printed
 from analysis.statistics import FEW, Estimate, Pool, estimate, not_worse, pool, verdict
@@ -33,7 +33,8 @@ _HERE = {
 class TableCell:
     """`paper` null: the paper does not print it (`dash`: it prints a dash). No `estimate`: see `state`, one of
 
-    measured; partly (fewer seeds than asked for); running; failed; not run; no value (done, without this metric).
+    measured; partly (fewer seeds than asked for); running; failed; not run; no value (done, without this metric);
+    or what blocks it (`Sweep.blocked`).
     `difference`: measured minus printed, at the paper's scale only. `stale`: some run, or one that it needs, was made
     by code that has changed in substance since.
     """
@@ -212,6 +213,8 @@ class Builder:
                 result.state = "failed"
             elif "running" in states.values():
                 result.state = "running"
+            elif cell.name in self.sweep.blocked:
+                result.state = self.sweep.blocked[cell.name]
             return result
         if len({self.arms[identity] for identity in known}) > 1:
             raise UserError(f"{cell.name}: {', '.join(known)} differ in more than the seed: not averaged")
@@ -304,6 +307,10 @@ class Builder:
             notes.append("Measured at another scale than the paper's: side by side, not compared; no verdict is given.")
         if table.runs == 0:
             notes.append("The store has no finished run of this artifact at this scale.")
+        if any(cell.state == NEEDS_RELEASED for cell in table.cells()):
+            notes.append(f"{NEEDS_RELEASED}: released ones, of ViT-B/16 at 224 px; this scale's network is another.")
+        if any(cell.state == MISSING for cell in table.cells()):
+            notes.append(f"{MISSING}: import them with `sdae-cli weights import` (docs/weights.md says which).")
         if any(cell.stale for cell in cells):
             notes.append(f"{STALE}: the code that makes these numbers has changed in substance since their runs.")
         if "pooled" in sources:

@@ -57,11 +57,12 @@ def measured(study: Study) -> dict[str, Measured]:
 
 
 def _stand_ins(study: Study) -> dict[str, Printed]:
-    """Printed values of the rows that no run of the suite fills, where the scale is the paper's."""
+    """Printed values of the rows that no run can fill here, where the scale is the paper's."""
     if study.scale.name != "paper":
         return {}
     cells = [cell for artifact in study.artifacts for cell in artifact.cells.values()]
-    return {cell.name: printed()[cell.name] for cell in cells if not cell.metric and cell.name in printed()}
+    empty = [cell.name for cell in cells if not cell.metric or cell.name in study.sweep.blocked]
+    return {name: printed()[name] for name in empty if name in printed()}
 
 
 class _Price:
@@ -130,7 +131,8 @@ def _needs(judgement: Judgement, tests: int, price: _Price, known: Mapping[str, 
         names = ", ".join(absent[:NAMED]) + (f" and {len(absent) - NAMED} more" if len(absent) > NAMED else "")
         if planned:
             return f"not measured: {names}: {price.of(planned)}"
-        return f"not measured: {names} ({'no run of this suite fills it' if price.knows(absent) else 'not asked for'})"
+        why = "no run of this suite fills it" if price.knows(absent) else "not asked for"
+        return f"not measured: {names} ({price.sweep.blocked.get(absent[0], why)})"
     if not judgement.readings or judgement.deciding is None:
         return "the scale paper: the sentence gives a number"
     seeds = seeds_needed(judgement, tests)

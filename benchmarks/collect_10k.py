@@ -38,7 +38,7 @@ LIMITS = {
 
 
 def planned(seeds: int) -> Sweep:
-    return plan((), "paper", range(seeds), fingerprint=NO_PICTURES)
+    return plan((), "paper", range(seeds), content=NO_PICTURES)
 
 
 def fill(store: SyntheticStore, seeds: int) -> dict[str, float]:

@@ -20,6 +20,11 @@ class Layout(StrEnum):
 
     sdae = "sdae"
     mae = "mae"
+    moco_v3 = "moco-v3"
+    dino = "dino"
+    deit = "deit"
+    beit = "beit"
+    cae = "cae"
     timm = "timm"
 
 
@@ -30,13 +35,13 @@ class Which(StrEnum):
 
 @data.command("list")
 def list_(json: Json = False) -> None:
-    """The data set of every scale: where it is looked for, and what is there."""
+    """The data sets of every scale: where they are looked for, and what is there."""
     from slurm.doctor import pictures
 
     rows = pictures()
     if json:
         return emit(rows)
-    keys = ["scale", "name", "path", "image_size", "classes", "train", "val", "problem"]
+    keys = ["scale", "stage", "name", "path", "image_size", "classes", "train", "val", "problem"]
     table(keys, [[row[key] for key in keys] for row in rows])
 
 
@@ -62,14 +67,45 @@ def export(
 @weights.command("import")
 def import_(
     file: Annotated[Path, typer.Argument(help="A released checkpoint.")],
-    out: Annotated[Path, typer.Option("--out", help="File to write, .safetensors.")],
+    out: Annotated[Path | None, typer.Option("--out", help="File to write, .safetensors.")] = None,
+    name: Annotated[
+        str | None, typer.Option("--as", help="Name in the folder of weights, in place of --out, e.g. beit-300.")
+    ] = None,
     layout: Annotated[Layout, typer.Option("--from", help="Whose checkpoint it is.")] = Layout.sdae,
     json: Json = False,
 ) -> None:
-    """A checkpoint of the authors', of MAE's or of timm's, for `init: {weights: file:OUT}`. Every odd key is named."""
+    """A released checkpoint, for `init: {weights: file:OUT}` or `file:NAME.safetensors`. Every odd key is named."""
     from sdae.weights import import_weights
 
-    _report(import_weights(file, layout.value, out), json)
+    report = import_weights(file, layout.value, out, name)
+    if json:
+        return emit(report)
+    print(f"{report['source']}: {report['layout']}, sha256 {report['sha256']}")
+    for which, encoder in report["encoders"].items():
+        print(f"{which}: {encoder['file']}, sha256 {encoder['sha256']}")
+        facts = [key for key in encoder if key not in ("file", "sha256", "mapped", "filled")]
+        print("  " + ", ".join(f"{key} {encoder[key]}" for key in facts))
+        for rule, count in encoder["mapped"].items():
+            print(f"  {count:4} {rule}")
+        for key, why in encoder["filled"].items():
+            print(f"  filled {key}: {why}")
+    print(f"left out, {len(report['left_out'])}: {', '.join(report['left_out']) or 'nothing'}")
+
+
+@weights.command("list")
+def list_weights(json: Json = False) -> None:
+    """The folder of imported weights, and the released encoders that Tables 2-4 want."""
+    from sdae.released import inventory, wanted, weights_folder
+
+    found, wishes = inventory(), wanted()
+    if json:
+        return emit({"folder": str(weights_folder()), "weights": found, "wanted": wishes})
+    print(f"In {weights_folder()}:")
+    keys = ["name", "layout", "width", "depth", "positions", "layer_scale", "bytes", "sha256", "problem"]
+    table(keys, [[row[key] for key in keys] for row in found])
+    print("\nWanted by Tables 2-4:")
+    keys = ["name", "method", "epochs", "layout", "positions", "layer_scale", "state"]
+    table(keys, [[row[key] for key in keys] for row in wishes])
 
 
 def _report(report: dict[str, Any], json: bool) -> None:

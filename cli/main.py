@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from cli import machine, notebook, paper, results, runs, sweep
+from cli import machine, notebook, paper, predict, results, runs, sweep
 from sdae.errors import RESUME_ME, BrokenInput, Interrupted, RunFailed, UserError
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app.add_typer(results.app, name="results")
 app.add_typer(paper.app, name="paper")
 app.add_typer(machine.data, name="data")
 app.add_typer(machine.weights, name="weights")
+app.command()(predict.predict)
 app.command()(machine.doctor)
 app.command()(notebook.notebook)
 

@@ -23,7 +23,7 @@ def notebook(
     browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open a browser, or only say where.")] = True,
     port: Annotated[int, typer.Option("--port", min=0, help="The next free one where it is taken.")] = 8888,
 ) -> None:
-    """Open JupyterLab on notebooks over a store: figure4, tables, claims, one_arm, cost.
+    """Open JupyterLab on notebooks over a store: figure4, tables, claims, one_arm, dense, cost.
 
     They are copied into ./notebooks (--out) where they are not there yet. A copy is yours: it is never written over;
     delete it to get it anew. They show --store at --scale, and Ctrl-C ends JupyterLab.

@@ -80,7 +80,7 @@ def _made_up(artifacts: list[str] | None, scale: str, seeds: list[int], store: P
     from analysis.universe import make
     from sdae.store import NO_PICTURES, SyntheticStore
 
-    planned = plan(artifacts or (), scale, seeds, fingerprint=NO_PICTURES)
+    planned = plan(artifacts or (), scale, seeds, content=NO_PICTURES)
     folder = SyntheticStore(store)
     counts = make(folder, planned, tell=note)
     files = publish(folder, planned.artifacts, scale, seeds, out)

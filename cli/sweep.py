@@ -80,7 +80,7 @@ def plan(
     from sdae.store import Store
 
     fingerprint = Store(store).fingerprint
-    _tell_plan(make(artifacts or (), scale, parse_seeds(seeds), data_path=data, fingerprint=fingerprint), store, json)
+    _tell_plan(make(artifacts or (), scale, parse_seeds(seeds), data_path=data, content=fingerprint), store, json)
 
 
 def _tell_plan(planned: Sweep, store: Path, json: bool) -> None:
@@ -100,6 +100,8 @@ def _tell_plan(planned: Sweep, store: Path, json: bool) -> None:
         f"({document['requested'] - document['unique']} saved by sharing), {document['done']} done; "
         f"the rest takes {hours['low']:.3g} to {hours['high']:.3g} GPU-hours"
     )
+    for reason, number in Counter(blocked["reason"] for blocked in document["blocked"]).items():
+        print(f"{number} more cells: {reason.removeprefix('blocked: ')} (docs/weights.md)")
 
 
 def _tell_provisional(planned: Sweep) -> None:
@@ -310,7 +312,7 @@ def _runs(
         return runs
     last = last_submission(store) if scale is None else None
     scale = scale or (last.scale if last else "smoke")
-    planned = make(artifacts or (), scale, parse_seeds(seeds), data_path=data, fingerprint=store.fingerprint)
+    planned = make(artifacts or (), scale, parse_seeds(seeds), data_path=data, content=store.fingerprint)
     return list(planned.runs.values())
 
 

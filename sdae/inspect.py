@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.v2.functional import center_crop
 
-from sdae.config import Pretrain, Teacher, canonical_teacher, parse
+from sdae.config import Pretrain, canonical_teacher, parse
 from sdae.data import Dataset, Loader, open_dataset, resolve
 from sdae.data.crop import resize
 from sdae.data.datasets import Resident, Split, UnreadableError, read, subset
@@ -27,6 +27,7 @@ from sdae.methods.mae import MAE
 from sdae.methods.sdae import SdAE
 from sdae.models.encoder import Encoder
 from sdae.objective import normalize
+from sdae.sections import Teacher
 from sdae.stages.pretrain import build
 from sdae.stages.session import NOISE, uniform
 from sdae.store import RunFolder

@@ -22,7 +22,14 @@ from sdae.errors import UserError
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "pydantic", "safetensors")
 DIFF_LIMIT = 200_000
 SNAPSHOT = "snapshot.json"  # beside a copy of the code: what `code()` said of the original
-STAGE_MODULES = {"pretrain": "pretrain", "finetune": "classify", "linprobe": "classify", "cost": "cost"}
+STAGE_MODULES = {
+    "pretrain": "pretrain",
+    "finetune": "classify",
+    "linprobe": "classify",
+    "segment": "segment",
+    "detect": "detect",
+    "cost": "cost",
+}
 
 # Of what a stage imports, this cannot change its numbers, and why. Whatever is not named here can.
 NO_NUMBERS = {
@@ -30,13 +37,17 @@ NO_NUMBERS = {
     "sdae.store": "where files lie",
     "sdae.yamls": "how files are read; what they say is in the run's id",
     "sdae.provenance": "this module",
+    "sdae.drawing": "draws what was found",
     "sdae.training.checkpoints": "gives back the bits that it was given",
     "sdae.training.telemetry": "watches; but a cost run's numbers are its",
     "sdae.models.flops": "counts for telemetry; likewise",
 }
 NUMBERS_OF = {"cost": ("sdae.training.telemetry", "sdae.models.flops")}
 # All values of a run's config are in its id, so of that module only what is computed from them counts.
-PARTS = {"sdae.config": ("Run.tokens", "_Masked.masked", "count_masked")}
+PARTS: dict[str, tuple[str, ...]] = {
+    "sdae.config": ("Run.tokens", "_Masked.masked", "count_masked"),
+    "sdae.sections": (),
+}
 
 
 @lru_cache(maxsize=1)

@@ -14,7 +14,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sdae import provenance
-from sdae.config import Config, Data, Finetune, Linprobe, Pretrain, dump, run_id
+from sdae.config import Config, CostRun, dump, run_id
 from sdae.data.fingerprint import listing, resolve
 from sdae.errors import BrokenInput, Interrupted, RunFailed, UserError
 from sdae.stages.session import Session
@@ -46,8 +46,7 @@ def execute(
     why) and Interrupted (the state is saved; execute again to go on).
     """
     store.must_be_real()
-    if config.stage != "cost":
-        config = with_content(config)
+    config = with_content(config)
     folder = store.run(run_id(config))
     if (result := folder.result()) is not None:
         return result
@@ -78,12 +77,14 @@ def execute(
             raise
 
 
-def with_content(config: Pretrain | Finetune | Linprobe) -> Config:
+def with_content(config: Config) -> Config:
     """The config with the fingerprint of the pictures, and the digest of the weights' file, that are really there.
 
     Raises UserError where they are absent or others than those asked for.
     """
-    data: Data = resolve(config.data)
+    if isinstance(config, CostRun):
+        return config
+    data = resolve(config.data)
     listing(data)
     init = {} if config.stage == "pretrain" else {"init": with_digest(config.init)}
     return config.model_copy(update={"data": data, **init})

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sdae.config import Teacher
+from sdae.sections import Teacher
 
 
 @dataclass(frozen=True)

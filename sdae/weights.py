@@ -1,23 +1,26 @@
-"""Encoder weights in and out: from runs, timm, files; the layouts of the SdAE and MAE releases and of timm. Strict."""
+"""Encoder weights in and out: from runs, timm, files and released checkpoints (`sdae.layouts`). Strict."""
 
 from __future__ import annotations
 
 import argparse
-import re
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sdae.config import Init, Model
 from sdae.errors import UserError
+from sdae.layouts import LAYOUTS, TABLE, describe, encoders, kind, name_differences, patches_of_table
+from sdae.released import SUFFIX, home_of, located, weights_folder
+from sdae.sections import Init, Model
 from sdae.store import RunFolder, Store
 from sdae.training.checkpoints import checksum, load_weights, save_weights
 
-DECODER = ("decoder_", "mask_token")
-HEAD = ("head.", "fc_norm.", "head_drop")
+SAID = (
+    "sdae"  # the one key of a file's metadata: safetensors writes several in no fixed order, which changes the sha256
+)
 
 
 def epoch_file(which: str, epoch: int) -> str:
@@ -49,8 +52,9 @@ def load_init(init: Init, store: Store, model: Model, image_size: int) -> dict[s
     elif init.weights.startswith("timm:"):
         weights, where = _from_timm(init.weights.removeprefix("timm:")), init.weights
     else:
-        path = Path(init.weights.removeprefix("file:")).expanduser()
-        weights, where = split_layout(read_any(path), "auto", str(path))["student"], str(path)
+        path = located(init.weights.removeprefix("file:"))
+        found = next(iter(encoders(read_any(path), "auto", str(path)).values()))
+        return fit(found.tensors, model, image_size, str(path), found.missing)
     return fit(weights, model, image_size, where)
 
 
@@ -58,7 +62,7 @@ def with_digest(init: Init) -> Init:
     """`init` with the sha256 of its file, whose content is its identity. UserError for another one than asked."""
     if init.run is not None or not init.weights.startswith("file:"):
         return init
-    path = Path(init.weights.removeprefix("file:")).expanduser()
+    path = located(init.weights.removeprefix("file:"))
     try:
         found = checksum(path)
     except OSError as error:
@@ -68,20 +72,35 @@ def with_digest(init: Init) -> Init:
     return init.model_copy(update={"digest": found})
 
 
-def fit(weights: dict[str, Tensor], model: Model, image_size: int, where: str) -> dict[str, Tensor]:
-    """Proves that the weights are of this architecture; positions are interpolated to another picture size."""
-    from sdae.models.encoder import Encoder
+def fit(
+    weights: dict[str, Tensor], model: Model, image_size: int, where: str, missing: Sequence[str] = ()
+) -> dict[str, Tensor]:
+    """Proves that the weights are of this architecture; positions are resized to another picture size.
 
+    missing: what their file lacks beside, under its own names. Raises UserError: for weights with another kind of
+    positions or layer scale it says which keys to set.
+    """
+    from sdae.models.encoder import Encoder, resize_table
+
+    asked = {"positions": model.positions, "layer_scale": model.layer_scale}
+    if (found := kind(weights)) != asked:
+        wants, has = (
+            ", ".join(f"model.{key}: {str(value).lower()}" for key, value in values.items() if found[key] != asked[key])
+            for values in (found, asked)
+        )
+        raise UserError(f"{where}: these weights want {wants} (this config has {has})")
     with torch.device("meta"):
         wanted = Encoder(model, image_size).state_dict()
-    _name_differences(set(wanted), set(weights), where)
+    name_differences(set(wanted), set(weights), where, missing)
     out = dict(weights)
-    if out["pos_embed"].shape != wanted["pos_embed"].shape and out["pos_embed"].shape[2] == model.width:
+    side = image_size // (model.patch_size or 16)
+    if "pos_embed" in wanted and out["pos_embed"].shape != wanted["pos_embed"].shape and _is_square(out["pos_embed"]):
         from timm.layers import resample_abs_pos_embed
 
-        side = int((wanted["pos_embed"].shape[1] - 1) ** 0.5)
         out["pos_embed"] = resample_abs_pos_embed(out["pos_embed"], [side, side])
     for name, tensor in wanted.items():
+        if name.endswith(TABLE) and out[name].dim() == 2 and (patches := patches_of_table(len(out[name]))):
+            out[name] = resize_table(out[name], round(patches**0.5), (side, side))
         if out[name].shape != tensor.shape:
             raise UserError(
                 f"{where}: a checkpoint of another architecture: {name} is {tuple(out[name].shape)}, "
@@ -90,13 +109,10 @@ def fit(weights: dict[str, Tensor], model: Model, image_size: int, where: str) -
     return out
 
 
-def _name_differences(wanted: set[str], given: set[str], where: str) -> None:
-    missing, extra = sorted(wanted - given), sorted(given - wanted)
-    if missing or extra:
-        parts = [
-            f"{what}: {', '.join(keys)}" for what, keys in (("missing keys", missing), ("extra keys", extra)) if keys
-        ]
-        raise UserError(f"{where}: not this architecture's encoder; {'; '.join(parts)}")
+def _is_square(positions: Tensor) -> bool:
+    """Whether these are (1, 1 + side^2, width)."""
+    patches = positions.shape[1] - 1 if positions.dim() == 3 else -1
+    return len(positions) == 1 and patches > 0 and round(patches**0.5) ** 2 == patches
 
 
 def _from_timm(name: str) -> dict[str, Tensor]:
@@ -106,7 +122,7 @@ def _from_timm(name: str) -> dict[str, Tensor]:
         network = timm.create_model(name, pretrained=True, num_classes=0)
     except Exception as error:  # whatever a hub's client raises
         raise UserError(f"init.weights: timm:{name}: {str(error).splitlines()[0] if str(error) else error!r}") from None
-    return {k: v for k, v in network.state_dict().items() if not k.startswith(HEAD)}
+    return encoders(network.state_dict(), "timm", f"timm:{name}")["student"].tensors
 
 
 def read_any(path: Path) -> dict[str, Any]:
@@ -127,78 +143,49 @@ def read_any(path: Path) -> dict[str, Any]:
     return content
 
 
-def split_layout(content: dict[str, Any], layout: str, where: str) -> dict[str, dict[str, Tensor]]:
-    """Encoders by name (student, and teacher where the layout has one), under timm's names."""
-    parts = {"student": content.get("model", content)}
-    if layout == "sdae" or (layout == "auto" and "model_teacher" in content):
-        if "model_teacher" not in content or "model" not in content:
-            raise UserError(
-                f"{where}: the SdAE release's layout has the keys model and model_teacher; here: {_keys(content)}"
-            )
-        parts["teacher"] = content["model_teacher"]
-    elif layout == "mae" and "model" not in content:
-        raise UserError(f"{where}: MAE's layout has the key model; here: {_keys(content)}")
-    out = {}
-    for name, part in parts.items():
-        tensors = isinstance(part, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in part.items())
-        if not part or not tensors:
-            raise UserError(f"{where}: {name}: expected a mapping of tensors; here: {_keys(part)}")
-        stripped = {key.removeprefix("module."): value for key, value in part.items()}
-        out[name] = {k: v for k, v in stripped.items() if not k.startswith((*DECODER, *HEAD))}
-    return out
-
-
-def _keys(content: Any) -> str:
-    return ", ".join(sorted(map(str, content))[:8]) if isinstance(content, dict) else type(content).__name__
-
-
-def describe(weights: dict[str, Tensor], where: str) -> dict[str, int]:
-    """Width, depth, patch size and tokens read off the shapes; every missing or extra key is named."""
-    blocks = {int(m[1]) for key in weights if (m := re.match(r"blocks\.(\d+)\.", key))}
-    depth = max(blocks, default=-1) + 1
-    per_block = [
-        f"{layer}.{kind}" for layer in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
-        for kind in ("weight", "bias")
-    ]  # fmt: skip
-    wanted = {"cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias", "norm.weight", "norm.bias"}
-    wanted |= {f"blocks.{i}.{name}" for i in range(max(depth, 1)) for name in per_block}
-    _name_differences(wanted, set(weights), where)
-    shape = weights["patch_embed.proj.weight"].shape
-    if len(shape) != 4:
-        raise UserError(f"{where}: patch_embed.proj.weight is {tuple(shape)}, not (width, channels, patch, patch)")
-    width, channels, patch, _ = shape
-    return {
-        "width": width, "depth": depth, "patch_size": patch, "channels": channels,
-        "tokens": weights["pos_embed"].shape[1] - 1,
-    }  # fmt: skip
-
-
 def export_weights(store: Store, run: str, weights: str, epoch: int | str, out: Path) -> dict[str, Any]:
     """Writes a run's encoder as safetensors that `timm.create_model(..., num_classes=0, checkpoint_path=out)` loads."""
     folder = store.find(run)
     tensors, metadata = encoder_of_run(folder, weights, epoch)
     facts = describe(tensors, str(out))
     _writable_as_safetensors(out)
-    digest = save_weights(out, tensors, metadata | facts)
+    digest = save_weights(out, tensors, {SAID: metadata | facts})
     return {"file": str(out), "run": folder.id, "weights": weights, "sha256": digest, **metadata, **facts}
 
 
-def import_weights(path: Path, layout: str, out: Path) -> dict[str, Any]:
-    """A released checkpoint as safetensors for `init: {weights: file:OUT}`. A teacher goes to OUT with `-teacher`."""
-    if layout not in ("sdae", "mae", "timm"):
-        raise UserError(f"--from {layout}: unknown layout (allowed: sdae, mae, timm)")
-    _writable_as_safetensors(out)
-    content = read_any(path)
-    encoders = split_layout(content, layout, str(path))
-    facts = {name: describe(weights, f"{path}: {name}") for name, weights in encoders.items()}
+def import_weights(path: Path, layout: str, out: Path | None = None, name: str | None = None) -> dict[str, Any]:
+    """A released checkpoint as safetensors for `init: {weights: file:OUT}`: OUT, or NAME in the folder of weights.
+
+    A second encoder of the file (a teacher) goes to OUT with `-teacher`. Returns what went where; raises UserError.
+    """
+    if layout not in LAYOUTS:
+        raise UserError(f"--from {layout}: unknown layout (allowed: {', '.join(LAYOUTS)})")
+    if (out is None) == (name is None):
+        raise UserError("weights import: say where to: --out FILE.safetensors, or --as NAME for the folder of weights")
+    if name is not None:
+        out = home_of(name)
+    assert out is not None
+    if name is None:
+        _writable_as_safetensors(out)
+    found = encoders(read_any(path), layout, str(path))
+    facts = {which: describe(encoder.tensors, f"{path}: {which}", encoder.missing) for which, encoder in found.items()}
+    if name is not None:
+        try:
+            weights_folder().mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{weights_folder()}: cannot be written: {error.strerror}") from None
+    source = checksum(path)
     files = {}
-    for name, weights in encoders.items():
-        target = out if name == "student" else out.with_name(f"{out.stem}-{name}{out.suffix}")
-        digest = save_weights(target, weights, {"layout": layout, "source": path.name, **facts[name]})
-        files[name] = {"file": str(target), "sha256": digest, "tensors": len(weights), **facts[name]}
-    source = content.get("model", content)
-    left_out = sorted(k for k in source if k.removeprefix("module.").startswith((*DECODER, *HEAD)))
-    return {"source": str(path), "layout": layout, "encoders": files, "left_out": left_out}
+    for i, (which, encoder) in enumerate(found.items()):
+        target = out if i == 0 else out.with_name(f"{out.stem}-{which}{SUFFIX}")
+        said = {"layout": layout, "source": source, "encoder": which, "filled": sorted(encoder.filled), **facts[which]}
+        digest = save_weights(target, encoder.tensors, {SAID: said})
+        files[which] = {
+            "file": str(target), "sha256": digest, "tensors": len(encoder.tensors), **facts[which],
+            "mapped": dict(encoder.mapped), "filled": encoder.filled,
+        }  # fmt: skip
+    left_out = sorted({key for encoder in found.values() for key in encoder.left_out})
+    return {"source": str(path), "sha256": source, "layout": layout, "encoders": files, "left_out": left_out}
 
 
 def _writable_as_safetensors(out: Path) -> None:

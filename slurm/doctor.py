@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import sys
@@ -9,8 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ablations.scale import load_scale, scales
-from sdae.config import Data
+from ablations.scale import DENSE, load_scale, scales
 from sdae.data.fingerprint import SPLITS, cache_folder, listing
 from sdae.errors import UserError
 from sdae.store import Store
@@ -18,6 +18,7 @@ from slurm.doctor_cluster import examine_cluster
 from slurm.machine import cpus
 from slurm.profile import load_profile
 
+ORDER = ["smoke", "mini", "small", "paper"]
 NEEDED = {"torch": (2, 11), "torchvision": (0, 26), "timm": (1, 0)}
 
 
@@ -35,17 +36,19 @@ def examine(store: Store, profile: Path | None = None) -> list[dict[str, Any]]:
     ]
     for row in pictures():
         detail = row["problem"] or f"{row['train']:,} + {row['val']:,} pictures, {row['classes']} classes"
-        checks.append(_check(f"pictures of scale {row['scale']}", None if row["problem"] else True, detail))
+        what = f"pictures of scale {row['scale']}" + (f", {row['stage']}" if row["stage"] != "pretrain" else "")
+        checks.append(_check(what, None if row["problem"] else True, detail))
     return checks + (examine_cluster(asked, store.root) if asked else [])
 
 
 def pictures() -> list[dict[str, Any]]:
-    """The data set of every scale: where it is looked for, its classes and counts, or what is wrong with it."""
+    """The data sets of every scale, pre-training's (and classification's) and those of the dense tasks: where they are
+    looked for, their classes and counts, or what is wrong with them."""
     rows = []
-    for name in sorted(scales(), key=["smoke", "mini", "small", "paper"].index):
-        data = Data.model_validate(load_scale(name).data)
-        row: dict[str, Any] = {"scale": name, "name": data.name, "path": data.path, "image_size": data.image_size}
-        row |= dict.fromkeys(("classes", *SPLITS, "problem"))
+    for name, stage in itertools.product(sorted(scales(), key=ORDER.index), ("pretrain", *DENSE)):
+        data = load_scale(name).pictures_of(stage)
+        row: dict[str, Any] = {"scale": name, "stage": stage, "name": data.name, "path": data.path}
+        row |= {"image_size": data.image_size} | dict.fromkeys(("classes", *SPLITS, "problem"))
         try:
             found = listing(data)
             row |= {"classes": len(found.classes), **{split: sum(found.counts[split]) for split in SPLITS}}

@@ -58,12 +58,12 @@ def overview(scale: Scale, seeds: Sequence[int], store: Store) -> list[dict[str,
     """The suite's artifacts at a scale: how many cells and runs each has, and how many of these are done."""
     rows = []
     for name in available():
-        sweep = plan([name], scale, seeds, fingerprint=store.fingerprint)
+        sweep = plan([name], scale, seeds, content=store.fingerprint)
         artifact = sweep.artifacts[0]
         rows.append(
             {
                 "artifact": name, "kind": artifact.kind, "title": artifact.title, "cells": len(artifact.cells),
-                "filled": len(artifact.specs), "runs": sweep.unique,
+                "filled": len(sweep.cells), "runs": sweep.unique,
                 "done": sum(store.run(identity).done for identity in sweep.runs),
             }
         )  # fmt: skip

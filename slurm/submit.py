@@ -22,6 +22,7 @@ from submitit.core.utils import DelayedSubmission
 from ablations.planner import PlannedRun
 from sdae.config import Config, dump
 from sdae.errors import UserError
+from sdae.released import located
 from sdae.store import Store, write_atomically
 from slurm.cluster import Busy, Limits, Refused, Slurm
 from slurm.job import SweepJob
@@ -337,6 +338,6 @@ def absolute(config: Config) -> Config:
         config = config.model_copy(update={"data": config.data.model_copy(update={"path": os.path.abspath(path)})})
     weights = getattr(getattr(config, "init", None), "weights", "") or ""
     if weights.startswith("file:") and not os.path.isabs(weights[5:]):
-        init = config.init.model_copy(update={"weights": f"file:{os.path.abspath(weights[5:])}"})  # type: ignore[union-attr]
+        init = config.init.model_copy(update={"weights": f"file:{os.path.abspath(located(weights[5:]))}"})  # type: ignore[union-attr]
         config = config.model_copy(update={"init": init})
     return config

@@ -6,6 +6,10 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import contextlib
+import tarfile
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,3 +49,23 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("../shared is absent")
     return SHARED
+
+
+@pytest.fixture
+def real(shared: Path) -> Callable[[str], Path]:
+    """Unpacks an archive of ../shared/data, once for all tests and workers, and gives its folder."""
+
+    def unpacked(name: str) -> Path:
+        archive = shared / "data" / f"{name}.tar"
+        if not archive.exists():
+            pytest.skip(f"{archive} is absent")
+        home = Path(tempfile.gettempdir()) / f"sdae-test-data-{os.getuid()}"
+        if not (home / name).is_dir():
+            home.mkdir(exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=home) as half, tarfile.open(archive) as tar:
+                tar.extractall(half, filter="data")
+                with contextlib.suppress(OSError):  # another worker was first
+                    (Path(half) / name).rename(home / name)
+        return home / name
+
+    return unpacked

@@ -25,7 +25,7 @@ from sdae.store import Store
 
 @pytest.fixture(scope="module")
 def sweep() -> Sweep:
-    return plan(["table1", "table5"], "smoke", (0, 1), fingerprint="feed")
+    return plan(["table1", "table5"], "smoke", (0, 1), content="feed")
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_columns_and_dtypes_are_documented(store: Store, tmp_path: Path) -> None
     assert list(frame.columns[: len(COLUMNS)]) == list(COLUMNS)
     assert empty.dtypes.to_dict() == frame.dtypes[: len(COLUMNS)].to_dict()
     assert list(frame.columns[len(COLUMNS) :]) == ["target_rank", "target_std", "teacher_distance"]
-    row = frame.set_index("id").loc[run_of(plan(["table5"], "smoke", fingerprint="feed"), "table5.folds.top1").id]
+    row = frame.set_index("id").loc[run_of(plan(["table5"], "smoke", content="feed"), "table5.folds.top1").id]
     assert (row["stage"], row["state"], row["scale"], row["seed"], row["dataset"]) == (
         "finetune",
         "done",

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from synthetic import fill, run_of, write
 
-from ablations.planner import available, load_artifact, plan
+from ablations.planner import MISSING, NEEDS_RELEASED, available, load_artifact, plan
 from analysis import study as studies
 from analysis.paper import Printed, dashes, printed
 from analysis.statistics import FEW, Estimate, Pool, estimate, not_worse, pool, verdict
@@ -24,7 +24,7 @@ PRINT = "feedfeedfeedfeed"
 
 def made(tmp_path: Path, artifacts: list[str], scale: str, seeds: tuple[int, ...], *args, **kwargs) -> Store:  # type: ignore[no-untyped-def]
     store = Store(tmp_path / "runs")
-    fill(store, plan(artifacts, scale, seeds, fingerprint=PRINT), *args, **kwargs)
+    fill(store, plan(artifacts, scale, seeds, content=PRINT), *args, **kwargs)
     return store
 
 
@@ -194,7 +194,8 @@ def test_an_empty_store_is_not_an_error(tmp_path: Path, scale: str) -> None:
     for artifact in available():
         table = build(Store(tmp_path / "none"), artifact, scale)
         assert table.runs == 0
-        assert all(c.state == "not run" and c.verdict is None for c in table.cells())
+        assert {c.state for c in table.cells()} <= {"not run", MISSING if scale == "paper" else NEEDS_RELEASED}
+        assert all(c.verdict is None for c in table.cells())
 
 
 def test_one_seed_borrows_variance_or_has_no_interval(tmp_path: Path) -> None:
@@ -205,7 +206,7 @@ def test_one_seed_borrows_variance_or_has_no_interval(tmp_path: Path) -> None:
     assert (found.n, found.low, found.high) == (1, None, None)
     assert any("no interval" in note for note in table.notes)
     assert not any(c.best for c in table.cells())
-    sweep = plan(["figure4b"], "smoke", (0, 1), fingerprint=PRINT)
+    sweep = plan(["figure4b"], "smoke", (0, 1), content=PRINT)
     fill(store, sweep, skip=tuple(name for name in sweep.cells if name != "figure4b.masked.top1"))
     table = build(store, "table5", "smoke", seeds=[0])
     found = cell(table, "table5.folds.top1").estimate
@@ -215,7 +216,7 @@ def test_one_seed_borrows_variance_or_has_no_interval(tmp_path: Path) -> None:
 
 
 def test_costs_take_the_spread_of_their_repeats(tmp_path: Path) -> None:
-    sweep = plan(["table1"], "smoke", (0,), fingerprint=PRINT)
+    sweep = plan(["table1"], "smoke", (0,), content=PRINT)
     store = Store(tmp_path / "runs")
     for name in ("mae", "folds"):
         run = run_of(sweep, f"table1.{name}.time")
@@ -236,7 +237,7 @@ def test_costs_take_the_spread_of_their_repeats(tmp_path: Path) -> None:
 
 
 def test_states(tmp_path: Path) -> None:
-    sweep = plan(["table5"], "smoke", (0, 1, 2), fingerprint=PRINT)
+    sweep = plan(["table5"], "smoke", (0, 1, 2), content=PRINT)
     store = Store(tmp_path / "runs")
     fill(store, sweep)
     runs = {
@@ -257,7 +258,7 @@ def test_states(tmp_path: Path) -> None:
 
 def test_synthetic_results_do_not_mix_with_real_ones(tmp_path: Path) -> None:
     store = made(tmp_path, ["table5"], "smoke", (0, 1))
-    run = run_of(plan(["table5"], "smoke", fingerprint=PRINT), "table5.folds.top1")
+    run = run_of(plan(["table5"], "smoke", content=PRINT), "table5.folds.top1")
     write(store, run.config, run.id, {"top1": 80.0}, synthetic=False)
     table = build(store, "table5", "smoke")
     (cell,) = [cell for cell in table.cells() if cell.cell == "table5.folds.top1"]
@@ -282,9 +283,9 @@ def test_two_configs_are_not_averaged(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_pictures_are_those_of_the_store(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A reader's machine has no ImageNet: the runs say which pictures they saw."""
     store = Store(tmp_path / "runs")
-    fill(store, plan(["table5"], "paper", (0, 1), fingerprint="aaaa"))
+    fill(store, plan(["table5"], "paper", (0, 1), content="aaaa"))
     assert build(store, "table5", "paper").runs == 8
-    fill(store, plan(["table5"], "paper", (0,), fingerprint="bbbb"))
+    fill(store, plan(["table5"], "paper", (0,), content="bbbb"))
     assert build(store, "table5", "paper").runs == 8
     assert "aaaa (16 runs), bbbb (8 runs)" in capsys.readouterr().err
 

@@ -25,7 +25,7 @@ COMMANDS = [
     ["sweep", "retry"], ["sweep", "status"], ["sweep", "logs"], ["sweep", "heal"], ["sweep", "cancel"],
     ["results", "collect"], ["results", "list"], ["results", "show"], ["results", "compare"], ["results", "export"],
     ["paper", "table"], ["paper", "figure"], ["paper", "audit"], ["data", "list"], ["weights", "import"],
-    ["weights", "export"],
+    ["weights", "export"], ["weights", "list"], ["predict"],
 ]  # fmt: skip
 
 
@@ -93,7 +93,7 @@ def test_a_plan_imports_nothing_heavy_and_is_quick() -> None:
         took.append(time.monotonic() - began)
     assert min(took) < 4, took
     assert done.stderr.splitlines()[-1] == "[]"
-    assert json.loads(done.stdout)["unique"] == 121
+    assert json.loads(done.stdout)["unique"] == 133
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
@@ -107,7 +107,7 @@ def test_sweep_plan_document(cli: Any) -> None:
     called = cli("sweep", "plan", "table5", "figure4b", "--seeds", "0,1", "--json")
     document = called.json()
     assert called.code == 0
-    assert list(document) == ["scale", "runs", "requested", "unique", "done", "gpu_hours", "artifacts"]
+    assert list(document) == ["scale", "runs", "requested", "unique", "done", "gpu_hours", "artifacts", "blocked"]
     assert (document["scale"], document["requested"], document["unique"], document["done"]) == ("smoke", 52, 52, 0)
     run = document["runs"][1]
     assert {"id", "stage", "config", "needs", "feeds", "state"} <= set(run)
@@ -115,6 +115,10 @@ def test_sweep_plan_document(cli: Any) -> None:
     assert run["config"]["init"]["run"] == run["needs"][0]
     assert run["config"]["data"]["fingerprint"]
     assert set(document["gpu_hours"]) == {"low", "high"}
+    assert document["blocked"] == []
+    theirs = cli("sweep", "plan", "table3", "--json").json()["blocked"]
+    assert {"cell": "table3.beit-300.miou", "reason": "needs weights"} in theirs
+    assert len(theirs) == 6
 
 
 def test_a_sweep_from_submit_to_tables(cli: Any, fake: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,9 +239,10 @@ def test_an_empty_store_is_not_an_error(cli: Any) -> None:
 
 def test_data_list_and_doctor(cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SDAE_DATA", raising=False)
-    rows = {row["scale"]: row for row in cli("data", "list", "--json").json()}
-    assert (rows["smoke"]["train"], rows["smoke"]["problem"]) == (256, None)
-    assert "SDAE_DATA" in rows["paper"]["problem"]
+    rows = {(row["scale"], row["stage"]): row for row in cli("data", "list", "--json").json()}
+    assert (rows["smoke", "pretrain"]["train"], rows["smoke", "pretrain"]["problem"]) == (256, None)
+    assert (rows["smoke", "segment"]["classes"], rows["paper", "detect"]["name"]) == (11, "coco")
+    assert all("SDAE_DATA" in row["problem"] for (scale, _), row in rows.items() if scale in ("small", "paper"))
     called = cli("doctor", "--json")
     assert called.code == 0
     assert {check["check"]: check["ok"] for check in called.json()}["pictures of scale paper"] is None

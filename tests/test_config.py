@@ -61,11 +61,12 @@ def changed(values: dict[str, Any], path: tuple[str, ...], value: Any) -> dict[s
 
 
 # What a leaf may be changed to, in turn; the first that is accepted and is not the old value counts.
-ANY: list[Any] = [True, False, 1, 2, 3, 4, 12, 24, 64, 0.5, 0.3, 0.001, [0.3, 0.8], None]
+ANY: list[Any] = [True, False, 1, 2, 3, 4, 12, 24, 64, 0.5, 0.3, 0.001, [0.3, 0.8], [3, 5], [0, 2, 4, 6], 90000, None]
 WORDS = [
     "masked", "folds", "full", "student", "own", "teacher", "iteration", "epoch", "channels", "tokens", "mae", "sdae",
     "cls", "mean", "batch", "layer", "lars", "adamw", "fp32", "bf16", "cpu", "math", "skip", "builtin", "last", "other",
     "vit_small_patch16", "rand-m5", "pretrain-fedcba9876543210", "random", "timm:other",
+    "relative", "whole", "coco-json", "segmentation-folder", "smooth_l1",
 ]  # fmt: skip
 COMPLETE: list[dict[str, Any]] = [
     {"stage": "pretrain", "method": {"teacher": {"view": "folds"}}, "data": {"fingerprint": "a" * 16, "path": "x"}},
@@ -73,6 +74,8 @@ COMPLETE: list[dict[str, Any]] = [
     {"stage": "pretrain", "method": {"name": "mae"}},
     {"stage": "finetune", "init": PARENT, "optim": {"clip": 1.0, "weight_ema": 0.9}, "data": {"fingerprint": "a" * 16}},
     {"stage": "linprobe", "init": PARENT | {"epoch": 20}},
+    {"stage": "segment", "init": PARENT, "data": {"fingerprint": "a" * 16, "path": "x"}, "optim": {"clip": 1.0}},
+    {"stage": "detect", "init": PARENT, "backbone": {"taps": [1, 2, 3, 11], "window": 14}},
     {"stage": "cost"},
 ]
 OUTSIDE = {("scale",), ("data", "path")}
@@ -102,10 +105,12 @@ def test_every_science_key_is_part_of_the_id_and_nothing_else(given_values: dict
         "pretrain": {
             "data.augment.mixup", "data.augment.cutmix", "data.augment.label_smoothing", "method.normalize_pixels",
             "method.teacher", "method.similarity", "method.ema", "method.teacher.folds", "method.teacher.tokens",
+            "model.positions", "model.layer_scale",
         },
         "finetune": {"model.decoder_depth", "model.decoder_dim", "model.decoder_heads", "init.digest"},
     }  # fmt: skip
     known["linprobe"] = known["finetune"] | {k for k in known["pretrain"] if k.startswith("data")}
+    known["segment"] = known["detect"] = known["finetune"] | {"optim.name", "optim.schedule", "optim.milestones"}
     known["cost"] = known["pretrain"] | {".".join(p) for p in leaves(values) if p[0] == "data" and p[1] != "image_size"}
     assert set(untouched) <= known[config.stage]  # they have one value only in this stage
 
@@ -276,7 +281,7 @@ def test_junk_at_any_key_is_accepted_or_refused_in_one_line(stage: str) -> None:
         ({"optim": {"lr": 1}}, ["optim.lr: unknown key", "allowed: name, epochs"]),
         ({"colour": 1}, ["colour: unknown key", "method"]),
         ({"method": {"teacher": {"fold": 3}}}, ["method.teacher.fold: unknown key", "folds"]),
-        ({"stage": "train"}, ["stage: 'train'", "pretrain, finetune, linprobe, cost"]),
+        ({"stage": "train"}, ["stage: 'train'", "pretrain, finetune, linprobe, segment, detect, cost"]),
         ({"optim": {"epochs": "many"}}, ["optim.epochs: 'many'", "integer"]),
         ({"optim": 3}, ["optim: 3"]),
         ({"seed": -1}, ["seed: -1"]),

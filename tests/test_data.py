@@ -21,10 +21,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from sdae.config import Augment, Data
 from sdae.data import Loader, datasets, fingerprint, open_dataset, resolve
 from sdae.data.fingerprint import balanced
 from sdae.errors import RunFailed, UserError
+from sdae.sections import Augment, Data
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities of TorchVision")
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"

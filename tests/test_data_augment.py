@@ -14,10 +14,10 @@ from timm.data import auto_augment as timm_augment
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from sdae.config import Augment
 from sdae.data import builtin, crop, mix, randaugment
 from sdae.data.mixing import erase
 from sdae.errors import UserError
+from sdae.sections import Augment
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ FOLDS, FULL = "table5.folds.top1", "table5.full.top1"
 
 
 def planned(seeds: int = 3, scale: str = "paper") -> Sweep:
-    return plan(["table5"], scale, range(seeds), fingerprint="feed")
+    return plan(["table5"], scale, range(seeds), content="feed")
 
 
 def filled(root: Path, seeds: int = 3, scale: str = "paper", noise: float = 0.1, **means: float) -> Store:
@@ -165,7 +165,7 @@ def test_sides_that_cannot_be_compared(tmp_path: Path) -> None:
 
 def test_other_pictures_are_said(tmp_path: Path) -> None:
     a, b = filled(tmp_path / "a"), Store(tmp_path / "b")
-    fill(b, plan(["table5"], "paper", range(3), fingerprint="beef"))
+    fill(b, plan(["table5"], "paper", range(3), content="beef"))
     for file in b.root.glob("*/result.json"):
         result = json.loads(file.read_text())
         file.write_text(json.dumps(result | {"dataset": {**result["dataset"], "train": 999}}))

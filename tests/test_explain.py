@@ -31,7 +31,7 @@ FOLDS, MASKED = "table5.folds.top1", "table5.masked.top1"
 
 @pytest.fixture
 def sweep() -> Sweep:
-    return plan(["table5"], "smoke", (0, 1), fingerprint="feed")
+    return plan(["table5"], "smoke", (0, 1), content="feed")
 
 
 @pytest.fixture
@@ -181,7 +181,7 @@ def test_a_name_that_there_is_not(store: Store, cell: str) -> None:
 
 def test_every_cell_of_the_suite(tmp_path: Path) -> None:
     store = Store(tmp_path / "runs")
-    fill(store, plan((), "smoke", (0, 1), fingerprint="feed"))
+    fill(store, plan((), "smoke", (0, 1), content="feed"))
     whole: Study = study(store, (), "smoke")
     assert set(whole.tables) == set(available())
     for name, cell in whole.cells.items():
@@ -195,7 +195,7 @@ def test_every_cell_of_the_suite(tmp_path: Path) -> None:
 def test_quick_with_many_runs(tmp_path: Path) -> None:
     """0.3 s on an idle machine with ten thousand runs in the store; three thousand here, and room for a busy one."""
     store = Store(tmp_path / "runs")
-    fill(store, plan((), "smoke", range(25), fingerprint="feed"))
+    fill(store, plan((), "smoke", range(25), content="feed"))
     of_table = lambda: explain(study(store, ["table5"], "smoke"), FOLDS)  # noqa: E731
     assert of_table()["measured"]["n"] == 25
     before = time.process_time()

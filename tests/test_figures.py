@@ -21,7 +21,7 @@ FIGURES = ["figure4a", "figure4b", "figure4c"]
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     store = Store(tmp_path_factory.mktemp("store") / "runs")
     for scale in ("smoke", "paper"):
-        sweep = plan(FIGURES, scale, (0, 1), fingerprint="feed")
+        sweep = plan(FIGURES, scale, (0, 1), content="feed")
         fill(store, sweep, skip=("figure4b.crop-79", "figure4c.teacher-100"))
     return store
 
@@ -127,5 +127,5 @@ rows:
 """
     )
     store = Store(tmp_path / "runs")
-    fill(store, plan([str(own)], "smoke", (0, 1), fingerprint="feed"))
+    fill(store, plan([str(own)], "smoke", (0, 1), content="feed"))
     assert [path.name for path in draw(store, str(own), "smoke", tmp_path)] == ["ratio.png", "ratio.svg", "ratio.pdf"]

@@ -15,13 +15,14 @@ from test_parity import FOLDS, read
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sdae.config import ARCHITECTURES, Pretrain, Teacher, architecture
+from sdae.config import Pretrain
 from sdae.methods.mae import MAE
 from sdae.methods.sdae import SdAE
 from sdae.models.encoder import Encoder, drop_path_rates, patchify, run_block, sincos_positions
 from sdae.models.linear import Linear, speed_up
 from sdae.models.timm_names import lookup
 from sdae.objective import cosine_loss, normalize, similarity_axis
+from sdae.sections import ARCHITECTURES, Teacher, architecture
 from sdae.stages.pretrain import build, saved_epochs
 from sdae.stages.session import drop_factors, uniform
 from sdae.training.optimizers import ema_momentum

@@ -53,7 +53,7 @@ class Made(NamedTuple):
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> SyntheticStore:
     store = SyntheticStore(tmp_path_factory.mktemp("report") / "runs")
-    make(store, plan(scale="paper", seeds=(0, 1), fingerprint=store.fingerprint))
+    make(store, plan(scale="paper", seeds=(0, 1), content=store.fingerprint))
     return store
 
 
@@ -529,7 +529,7 @@ def test_an_empty_store_makes_a_report_that_says_so(driver: webdriver.Chrome, tm
     page = show(driver, (tmp_path / "report.html").as_uri())
     words = find(page, "body").text
     assert "none has ended" in words
-    assert "0 of 93 that runs feed" in words
+    assert "0 of 114 that runs feed" in words
     assert "SYNTHETIC" not in words
     assert set(column(page, "State")) == {"not run"}
     assert page.get_log("browser") == []
@@ -537,7 +537,7 @@ def test_an_empty_store_makes_a_report_that_says_so(driver: webdriver.Chrome, tm
 
 def test_a_users_own_artifact_stands_beside_the_papers(driver: webdriver.Chrome, tmp_path: Path) -> None:
     store = SyntheticStore(tmp_path / "runs")
-    make(store, plan([OWN, "table5"], "smoke", (0, 1), fingerprint=store.fingerprint), missing=0, faults=0)
+    make(store, plan([OWN, "table5"], "smoke", (0, 1), content=store.fingerprint), missing=0, faults=0)
     found = study(store, [OWN, "table5"], "smoke")
     report(found, judge_study(found), tmp_path)
     page = show(driver, (tmp_path / "report.html").as_uri())
@@ -557,7 +557,7 @@ def test_text_from_a_store_is_never_code(driver: webdriver.Chrome, tmp_path: Pat
     lines = OWN.read_text()
     file.write_text(re.sub(r"(?m)^title: .*$", lambda _: f"title: {json.dumps(evil)}", lines))
     store = SyntheticStore(tmp_path / "runs")
-    sweep = plan([file], "smoke", (0,), fingerprint=store.fingerprint)
+    sweep = plan([file], "smoke", (0,), content=store.fingerprint)
     make(store, sweep, missing=0, faults=0)
     victim = store.run(next(i for i, run in sweep.runs.items() if run.config.stage == "finetune"))
     result = read_json(victim.path / "result.json")
@@ -580,7 +580,7 @@ def test_text_from_a_store_is_never_code(driver: webdriver.Chrome, tmp_path: Pat
 
 
 def test_publish_writes_the_report_and_the_claims(store: SyntheticStore, tmp_path: Path) -> None:
-    sweep = plan(["table5", "figure4b"], "paper", (0, 1), fingerprint=store.fingerprint)
+    sweep = plan(["table5", "figure4b"], "paper", (0, 1), content=store.fingerprint)
     files = publish(Store(store.root), sweep.artifacts, "paper", (0, 1), tmp_path)
     names = [file.name for file in files]
     assert len(names) == len(set(names))

@@ -18,7 +18,7 @@ from PIL import Image
 from test_resume import science
 from torch import Tensor, nn
 
-from sdae.config import Config, Data, Head, Model, run_id
+from sdae.config import Config, run_id
 from sdae.data import Loader, open_dataset
 from sdae.data.datasets import subset
 from sdae.errors import Interrupted, RunFailed
@@ -26,6 +26,7 @@ from sdae.methods.sdae import SdAE
 from sdae.models.classifier import Classifier, GlobalBatchNorm
 from sdae.models.encoder import Encoder
 from sdae.run import execute
+from sdae.sections import Data, Head, Model
 from sdae.stages.pretrain import build
 from sdae.store import RunFolder, Store
 from sdae.training.checkpoints import load_weights, states

@@ -34,7 +34,7 @@ LOST = {"TimedOut", "NodeFailure"}
 
 
 def of(*artifacts: str, seeds: tuple[int, ...] = (0,), scale: str = "paper") -> Sweep:
-    return plan(artifacts, scale, seeds, fingerprint=NO_PICTURES)
+    return plan(artifacts, scale, seeds, content=NO_PICTURES)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def test_reproduce_synthetic_says_what_it_is(whole: tuple[Path, Called]) -> None
     first, last = called.out.splitlines()
     assert first.endswith("start with paper-synthetic/README.md")
     assert last.startswith("SYNTHETIC: ")
-    assert "of 363 runs" in last
+    assert "of 399 runs" in last
     assert sorted(path.name for path in folder.iterdir()) == ["paper-synthetic", "runs-synthetic"]
     assert "made up" in (folder / "runs-synthetic" / MARK).read_text()
 
@@ -122,7 +122,7 @@ def test_every_export_of_the_store_carries_the_mark(whole: tuple[Path, Called], 
 def test_sweep_commands_find_the_made_up_runs(whole: tuple[Path, Called]) -> None:
     words = ("--scale", "paper", "--store", whole[0] / "runs-synthetic", "--json", "--seeds", "0,1,2")
     counts = json.loads(call("sweep", "status", *words).out)["counts"]
-    assert sum(counts.values()) == 363
+    assert sum(counts.values()) == 399
     assert counts["done"] > 320
     assert counts["failed"] > 0
     assert counts["lost"] > 0

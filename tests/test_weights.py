@@ -18,10 +18,11 @@ from conftest import tiny
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sdae.config import Init, Model, run_id
+from sdae.config import run_id
 from sdae.errors import RunFailed, UserError
 from sdae.models.encoder import Encoder
 from sdae.run import execute
+from sdae.sections import Init, Model
 from sdae.stages.pretrain import build
 from sdae.store import Store
 from sdae.training.checkpoints import load_weights

@@ -16,6 +16,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from analysis.dense import views
 from analysis.figures import drawn
 from analysis.render import render
 from analysis.report import pdf
@@ -77,6 +78,7 @@ def html(study: Study, found: dict[str, Any], figures: dict[str, bytes]) -> str:
     return environment.get_template("page.html.j2").render(
         found,
         html={name: Markup(render(table, "html")) for name, table in study.tables.items()},
+        dense=views(study),
         images={name: _data_uri(svg) for name, svg in figures.items()},
         run_rows=Markup("\n".join(_row(row, digits) for row in found["runs"]["rows"])),
         style=Markup(style),

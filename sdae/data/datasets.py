@@ -17,11 +17,11 @@ import torchvision
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from sdae.config import Data
 from sdae.data import builtin
 from sdae.data.fingerprint import KNOWN, Listing, folder_of, listing, pictures_of
 from sdae.data.randomness import permutation
 from sdae.errors import BrokenInput, UserError
+from sdae.sections import Data
 
 try:  # twice as fast as Pillow, deprecated since torchvision 0.29
     from torchvision.io import ImageReadMode, decode_image

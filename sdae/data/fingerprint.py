@@ -15,13 +15,14 @@ import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from sdae.config import Data
 from sdae.data import builtin
 from sdae.errors import UserError
+from sdae.sections import Data, DetectData, Pictures, SegmentData
 from sdae.store import write_atomically
 
+AnyPictures = TypeVar("AnyPictures", bound=Pictures)
 SPLITS = ("train", "val")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 FOLDERS = ("imagefolder", "tiny-imagenet")
@@ -41,12 +42,13 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdae"
 
 
-def folder_of(data: Data) -> Path:
+def folder_of(data: Pictures) -> Path:
     """`data.path` with variables and ~ filled in; `UserError` where it is null or names a variable that is not set."""
     if data.path is None:
         if data.name in KNOWN:
             return cache_folder() / data.name
-        raise UserError(f"data.path: {data.name} needs a folder with {expected('PATH')}")
+        layout = f" with {expected('PATH')}" if data.name in FOLDERS else ""
+        raise UserError(f"data.path: {data.name} needs a folder{layout}")
     path = os.path.expanduser(os.path.expandvars(data.path))
     if unset := re.search(r"\$\{?\w+\}?", path):
         raise UserError(f"data.path: {data.path}: the variable {unset[0]} is not set")
@@ -57,8 +59,19 @@ def expected(path: Path | str) -> str:
     return f"{path}/train/CLASS/*.jpg and {path}/val/CLASS/*.jpg"
 
 
-def listing(data: Data) -> Listing:
-    """The pictures that `data` means, after `classes`, `train_pictures` and `val_pictures`. Raises `UserError`."""
+def listing(data: Pictures) -> Listing:
+    """The pictures that `data` means, after `classes`, `train_pictures` and `val_pictures`. Raises `UserError`.
+
+    Of dense tasks there is one number for each split: their pictures have no class.
+    """
+    if isinstance(data, SegmentData):
+        from sdae.data.segmentation import listing_of
+
+        return listing_of(data)
+    if isinstance(data, DetectData):
+        from sdae.data.objects import listing_of as objects_of
+
+        return objects_of(data)
     if data.name == "builtin":
         if (data.classes or 10) > builtin.MAX_CLASSES:
             raise UserError(f"data.classes: builtin has {builtin.MAX_CLASSES} classes, {data.classes} were asked for")
@@ -143,12 +156,12 @@ def _classes(root: Path, split: str) -> list[str]:
     return names
 
 
-def fingerprint(data: Data) -> str | None:
+def fingerprint(data: Pictures) -> str | None:
     """16 hex digits over the class list and the number of pictures per class and split.
 
     None where the folder is not there (or not said); a folder that is there and wrong raises `UserError`.
     """
-    if data.name in FOLDERS:
+    if data.name != "builtin" and data.name not in KNOWN:
         try:
             if not folder_of(data).is_dir():
                 return None
@@ -156,11 +169,13 @@ def fingerprint(data: Data) -> str | None:
             return None
     found = listing(data)
     kind = {"builtin": f"builtin {builtin.VERSION}", **dict.fromkeys(FOLDERS, "folder")}.get(data.name, data.name)
+    if not isinstance(data, Data):  # the same pictures with other answers are another set
+        kind = f"{'segment' if isinstance(data, SegmentData) else 'detect'} {kind}"
     parts = [kind, found.classes, *(found.counts[s] for s in SPLITS)]
     return hashlib.sha256(json.dumps(parts, separators=(",", ":")).encode()).hexdigest()[:16]
 
 
-def resolve(data: Data) -> Data:
+def resolve(data: AnyPictures) -> AnyPictures:
     """`data` with its fingerprint. Raises `UserError` when it states another one than that of the pictures found."""
     found = fingerprint(data)
     if found is None or found == data.fingerprint:

@@ -19,13 +19,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as F
 
-from sdae.config import Data
 from sdae.data import crop
 from sdae.data.datasets import Dataset, Files, Resident, UnreadableError
 from sdae.data.mixing import erase
 from sdae.data.randaugment import RandAugment
 from sdae.data.randomness import permutation
 from sdae.errors import BrokenInput, UserError
+from sdae.sections import Data
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 GREY_MEAN, GREY_STD = 0.449, 0.226

@@ -9,9 +9,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sdae.config import Augment
 from sdae.data.randomness import ERASING, PIXELS, hashed, normal_like, uniform
 from sdae.errors import UserError
+from sdae.sections import Augment
 
 AREA = (0.02, 1 / 3)
 LOG_ASPECT = (math.log(0.3), -math.log(0.3))

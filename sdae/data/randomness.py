@@ -18,7 +18,7 @@ GOLDEN = 0x9E3779B97F4A7C15
 FIRST, SECOND = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 # One stream per purpose, so that a further draw for one never moves the numbers of another.
-ORDER, CROP, FLIP, RANDAUGMENT, ERASING, PIXELS, BUILTIN = range(1, 8)
+ORDER, CROP, FLIP, RANDAUGMENT, ERASING, PIXELS, BUILTIN, SCENE, OBJECTS = range(1, 10)
 
 
 def splitmix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -6,9 +6,9 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from sdae.config import Model
 from sdae.models.encoder import Encoder, LayerNorm, gather, init_xavier, run_block, sincos_positions
 from sdae.models.linear import speed_up
+from sdae.sections import Model
 
 
 class MaskedAutoencoder(Encoder):

@@ -7,8 +7,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
-from sdae.config import Head, Model
 from sdae.models.encoder import Encoder, LayerNorm, patchify
+from sdae.sections import Head, Model
 
 
 class GlobalBatchNorm(nn.BatchNorm1d):

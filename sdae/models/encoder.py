@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from functools import partial
 
@@ -11,10 +12,11 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sdae.config import Model
 from sdae.models.linear import speed_up
+from sdae.sections import Model
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
+LAYER_SCALE = 0.1  # BEiT's and CAE's start for their base size
 SHORT = 32  # tokens; for so few, the CPU's fused attention kernel is slower than two plain products
 
 
@@ -45,20 +47,22 @@ def gather(tokens: Tensor, ids: Tensor) -> Tensor:
     return tokens.expand(ids.shape[0], -1, -1).gather(1, index)
 
 
-def run_block(block: Block, x: Tensor, drop: Tensor | None = None, keep: slice | Tensor | None = None) -> Tensor:
+def run_block(
+    block: Block, x: Tensor, drop: Tensor | None = None, keep: slice | Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
     """One pre-norm block (B, N, D).
 
-    `drop` (2, B) holds the stochastic-depth factors of its residual branches, 0 or 1 / (1 - p). `keep`, a slice of
-    tokens or their ids (B, n), says which tokens are wanted behind the block: the others take part in the
-    attention and are then let go, since the MLP does not mix tokens.
+    `bias` (heads, N, N) is added to the attention's scores. `drop` (2, B) holds the stochastic-depth factors of its
+    residual branches, 0 or 1 / (1 - p). `keep`, a slice of tokens or their ids (B, n), says which tokens are wanted
+    behind the block: the others take part in the attention and are then let go, since the MLP does not mix tokens.
     """
     if x.device.type == "cpu":
         block.attn.fused_attn = x.shape[1] > SHORT
-    attended = block.attn(block.norm1(x))
+    attended = block.ls1(block.attn(block.norm1(x), None if bias is None else bias.to(x.dtype)))
     x = x + (attended if drop is None else attended * drop[0, :, None, None].to(x.dtype))
     if keep is not None:
         x = x[:, keep] if isinstance(keep, slice) else gather(x, keep)
-    hidden = block.mlp(block.norm2(x))
+    hidden = block.ls2(block.mlp(block.norm2(x)))
     out: Tensor = x + (hidden if drop is None else hidden * drop[1, :, None, None].to(x.dtype))
     return out
 
@@ -68,8 +72,71 @@ def drop_path_rates(rate: float, depth: int) -> list[float]:
     return [rate * i / max(depth - 1, 1) for i in range(depth)]
 
 
+@functools.lru_cache(maxsize=64)
+def relative_index(height: int, width: int, cls: bool) -> Tensor:
+    """Which row of a table of offsets each pair of tokens takes: int64 (N, N), N = h w, and one more with `cls`.
+
+    The table has (2h - 1)(2w - 1) rows for the offsets of patches, then cls to patch, patch to cls, cls to cls (BEiT).
+    """
+    rows, columns = torch.arange(height).repeat_interleave(width), torch.arange(width).repeat(height)
+    down, right = rows[:, None] - rows + height - 1, columns[:, None] - columns + width - 1
+    index = down * (2 * width - 1) + right
+    if cls:
+        offsets = (2 * height - 1) * (2 * width - 1)
+        index = F.pad(index, (1, 0, 1, 0))
+        index[0], index[:, 0], index[0, 0] = offsets, offsets + 1, offsets + 2
+    return index
+
+
+@functools.lru_cache(maxsize=64)
+def offset_weights(known: int, wanted: int) -> Tensor:
+    """How the offsets of `wanted` patches in a row are made of those of `known`: (2 wanted - 1, 2 known - 1).
+
+    An offset keeps its bias in a shorter row. In a longer one the known offsets are spread by a geometric progression,
+    near ones hardly and the farthest to the end, and linear between (BEiT's rule: evenly spread, it lost on ADE20K).
+    """
+    places = torch.ones(known - 1, dtype=torch.float64)
+    if wanted > known > 2:
+        low, high = 1.0, float(wanted)
+        for _ in range(100):
+            ratio = (low + high) / 2
+            low, high = (low, ratio) if sum(ratio**i for i in range(known - 1)) > wanted - 1 else (ratio, high)
+        places = low ** torch.arange(known - 1, dtype=torch.float64)
+    reach = torch.cat([torch.zeros(1, dtype=torch.float64), places.cumsum(0)])
+    at = torch.cat([-reach[1:].flip(0), reach])
+    asked = torch.arange(1 - wanted, wanted, dtype=torch.float64).clamp(at[0], at[-1])
+    right = torch.searchsorted(at, asked).clamp(1, max(len(at) - 1, 1))
+    if known == 1:
+        return torch.ones(len(asked), 1)
+    share = (asked - at[right - 1]) / (at[right] - at[right - 1])
+    rows = torch.arange(len(asked))
+    weights = torch.zeros(len(asked), len(at), dtype=torch.float64)
+    weights[rows, right - 1], weights[rows, right] = 1 - share, share
+    return weights.float()
+
+
+def resize_table(table: Tensor, side: int, grid: tuple[int, int]) -> Tensor:
+    """The table ((2h - 1)(2w - 1) + 3, heads) of a grid from that of a square one of `side` patches."""
+    if grid == (side, side):
+        return table
+    down, right = (offset_weights(side, n).to(table.device) for n in grid)
+    square = table[:-3].reshape(2 * side - 1, 2 * side - 1, -1).float()
+    with torch.autocast(table.device.type, enabled=False):
+        offsets = torch.einsum("ay,bx,yxh->abh", down, right, square)
+    return torch.cat([offsets.flatten(0, 1).to(table.dtype), table[-3:]])
+
+
+def relative_bias(table: Tensor, side: int, grid: tuple[int, int], cls: bool = True) -> Tensor:
+    """The bias (heads, N, N) of a grid from the table ((2 side - 1)^2 + 3, heads) of a square one, resized."""
+    index = relative_index(*grid, cls).to(table.device)
+    return resize_table(table, side, grid)[index].permute(2, 0, 1)
+
+
 class Encoder(nn.Module):
-    """Patch embedding, cls token, pre-norm blocks, final LayerNorm. Position is added before tokens are picked."""
+    """Patch embedding, cls token, pre-norm blocks, final LayerNorm. Position is added before tokens are picked.
+
+    Released encoders may have a relative position bias for each block, and layer scale (`Model`).
+    """
 
     def __init__(self, model: Model, image_size: int):
         super().__init__()
@@ -78,11 +145,23 @@ class Encoder(nn.Module):
         self.side = image_size // model.patch_size
         self.patch_embed = PatchEmbed(image_size, self.patch, model.channels, self.width, strict_img_size=False)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, self.width))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.side**2, self.width))
+        self.relative = model.positions != "absolute"
+        absolute = torch.zeros(1, 1 + self.side**2, self.width)
+        if model.positions == "relative":
+            self.register_buffer("pos_embed", absolute, persistent=False)
+        else:
+            self.pos_embed = nn.Parameter(absolute)
         self.blocks = nn.ModuleList(
-            Block(self.width, model.heads, model.mlp_ratio, qkv_bias=True, norm_layer=LayerNorm)
+            Block(
+                self.width, model.heads, model.mlp_ratio, qkv_bias=True, norm_layer=LayerNorm,
+                init_values=LAYER_SCALE if model.layer_scale else None,
+            )
             for _ in range(model.depth)
-        )
+        )  # fmt: skip
+        if self.relative:
+            for block in self.blocks:
+                table = torch.zeros((2 * self.side - 1) ** 2 + 3, model.heads)
+                block.attn.relative_position_bias_table = nn.Parameter(table)  # type: ignore[union-attr]
         self.norm = LayerNorm(self.width)
         speed_up(self)
 
@@ -108,8 +187,14 @@ class Encoder(nn.Module):
         x = torch.cat([cls.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens], dim=1)
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
-            x = run_block(block, x, None if drop is None else drop[i], keep if i == last else None)
+            bias = self.bias(block, (self.side, self.side)) if self.relative else None
+            x = run_block(block, x, None if drop is None else drop[i], keep if i == last else None, bias)
         return self.norm(x)  # type: ignore[no-any-return]
+
+    def bias(self, block: nn.Module, grid: tuple[int, int], cls: bool = True) -> Tensor:
+        """A block's relative position bias (heads, N, N) for a grid of patches."""
+        table: Tensor = block.attn.relative_position_bias_table  # type: ignore[union-attr, assignment]
+        return relative_bias(table, self.side, grid, cls)
 
     def forward(self, images: Tensor, drop: Tensor | None = None) -> Tensor:
         """All tokens of whole pictures (B, C, H, W): (B, 1 + L, D)."""
@@ -131,7 +216,8 @@ class Encoder(nn.Module):
                 nn.init.zeros_(module.bias)
         self.patch_embed.proj.reset_parameters()
         nn.init.trunc_normal_(self.cls_token, std=0.02)
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        if isinstance(self.pos_embed, nn.Parameter):  # else it stays zero
+            nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
 
 def init_xavier(module: nn.Module) -> None:

@@ -8,7 +8,8 @@ embeds fewer. ViT-B/16 at 224 px, decoder 8 x 512: MAE 58.46 GFLOP an image; wit
 
 from __future__ import annotations
 
-from sdae.config import Config, Method, Model, Teacher
+from sdae.config import Config, Detect, Segment
+from sdae.sections import Method, Model, Teacher
 
 
 def blocks(tokens: int, width: int, depth: int, mlp_ratio: float) -> float:
@@ -60,10 +61,58 @@ def per_image(config: Config) -> float:
     """FLOP of one training picture of a run: a probe's encoder is frozen and costs one forward pass."""
     if config.stage == "pretrain" or config.stage == "cost":
         return pretraining(config.model, config.method, config.tokens, config.masked)
+    if config.stage == "segment" or config.stage == "detect":
+        return dense(config)
     forward = encoder(config.model, config.tokens)
     if config.stage == "linprobe":
         return forward + embedding(config.model, config.tokens)
     return 3 * forward + 2 * embedding(config.model, config.tokens)
+
+
+def dense(config: Segment | Detect) -> float:
+    """FLOP of one training picture: a crop of `image_size`, or a picture of `image_size` x 4/3 of it."""
+    model, data, stage = config.model, config.data, config.stage
+    patch, width = _whole(model.patch_size), _whole(model.width)
+    side = data.image_size // patch
+    grid = side * (side if stage == "segment" else round(4 * side / 3))
+    window = config.backbone.window
+    if window is None:
+        trunk = encoder(model, grid)
+    else:  # all blocks but the four tapped ones attend within windows
+        depth, ratio = _whole(model.depth), float(model.mlp_ratio or 4)
+        local = grid / window**2 * blocks(window**2, width, max(depth - 4, 0), ratio)
+        trunk = local + blocks(grid, width, min(depth, 4), ratio)
+    pyramid = 8 * width**2 * (1 + 4 + 1) * grid
+    maps = 16 * grid, 4 * grid, grid, grid / 4
+    classes = data.classes or {"ade20k": 150, "coco": 80}.get(data.name, 11)
+    head = (
+        _upernet(config, width, maps, classes)
+        if config.stage == "segment"
+        else _mask_rcnn(config, width, maps, classes)
+    )
+    return 3 * (trunk + pyramid + head) + 2 * embedding(model, grid)
+
+
+def _upernet(config: Segment, width: int, maps: tuple[float, ...], classes: int) -> float:
+    head = config.head
+    c, aux, fine = head.channels, head.aux_channels, sum(maps[:3])
+    pooled = sum(2 * width * c * size**2 for size in head.pools)
+    bottleneck = 18 * (width + len(head.pools) * c) * c * maps[3]
+    return (
+        pooled + bottleneck + (2 * width * c + 18 * c**2) * fine
+        + (18 * 4 * c**2 + 2 * c * classes) * maps[0]
+        + (18 * width * aux + 2 * aux * classes) * maps[2]
+    )  # fmt: skip
+
+
+def _mask_rcnn(config: Detect, width: int, maps: tuple[float, ...], classes: int) -> float:
+    head = config.head
+    c, hidden = head.channels, head.hidden
+    every = sum(maps) + maps[3] / 4  # the RPN's coarsest map is subsampled from the pyramid's
+    pyramid = (2 * width * c + 18 * c**2) * sum(maps) + (18 * c**2 + 2 * c * 15) * every
+    box = 4 * 18 * c**2 * 49 + 2 * 49 * c * hidden + 2 * hidden * 5 * (classes + 1)
+    mask = (4 * 18 + 8) * c**2 * 196 + 2 * c * (classes + 1) * 784
+    return pyramid + head.sampled * (box + mask / 4)  # a quarter of the sampled are objects
 
 
 def _whole(value: int | None) -> int:

@@ -115,9 +115,8 @@ class ClassifyTask:
         if optim.name == "lars":
             self.optimizer: torch.optim.Optimizer = lars(self.module, optim.base_lr, optim.weight_decay)
         else:
-            groups = parameter_groups(
-                classifier, optim.weight_decay, optim.layer_decay, config.model.depth or 0, ("cls_token", "pos_embed")
-            )
+            depth, plain = config.model.depth or 0, ("cls_token", "pos_embed", "relative_position_bias_table")
+            groups = parameter_groups(classifier, optim.weight_decay, optim.layer_decay, depth, plain)
             self.optimizer = torch.optim.AdamW(groups, lr=optim.base_lr, betas=optim.betas, fused=True)
         if optim.weight_ema:
             for name, parameter in list(classifier.named_parameters()):

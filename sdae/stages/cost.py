@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sdae.config import CostRun, Method, Pretrain, parse
+from sdae.config import CostRun, Pretrain, parse
 from sdae.models.flops import per_image
 from sdae.models.linear import plain
+from sdae.sections import Method
 from sdae.stages.pretrain import build
 from sdae.stages.session import Session, drop_factors, uniform
 from sdae.training import telemetry

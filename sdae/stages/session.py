@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sdae.config import Run
+from sdae.config import Finetune, Linprobe, Pretrain
 from sdae.data import Dataset, Loader
 from sdae.data.randomness import hashed
 from sdae.models.encoder import drop_path_rates
@@ -17,7 +17,7 @@ from sdae.training.loop import Stop
 from sdae.training.telemetry import Pulse
 
 # Streams of random numbers of the stages; those of the data are numbered below 64.
-NOISE, DROP, INIT, INIT_TEACHER = 64, 65, 66, 67
+NOISE, DROP, INIT, INIT_TEACHER, DROPOUT, SAMPLE = 64, 65, 66, 67, 68, 69
 
 
 @dataclass
@@ -51,7 +51,9 @@ def drop_factors(
     return ((draws < keep).float() / keep).to(device, non_blocking=True)
 
 
-def loader(session: Session, config: Run, dataset: Dataset, seed: int, batch_size: int, train: bool) -> Loader:
+def loader(
+    session: Session, config: Pretrain | Finetune | Linprobe, dataset: Dataset, seed: int, batch_size: int, train: bool
+) -> Loader:
     world = session.world
     return Loader(
         dataset, config.data, seed=seed, batch_size=batch_size, train=train, rank=world.rank, world=world.size,

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sdae.config import Efficiency
 from sdae.errors import UserError
+from sdae.sections import Efficiency
 
 
 @dataclass(frozen=True)

@@ -18,15 +18,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sdae.config import Finetune, Linprobe, Pretrain, run_id
+from sdae.config import Detect, Finetune, Linprobe, Pretrain, Segment, run_id
 from sdae.data import Batch, Loader
 from sdae.errors import Interrupted, RunFailed
 from sdae.store import RunFolder
 from sdae.training import checkpoints, telemetry
 from sdae.training.distributed import World
-from sdae.training.optimizers import learning_rate
+from sdae.training.optimizers import schedule
 
-Trained = Pretrain | Finetune | Linprobe
+Trained = Pretrain | Finetune | Linprobe | Segment | Detect
 
 
 class Task(Protocol):
@@ -58,11 +58,12 @@ def fit(
     """Trains to the last epoch, or raises Interrupted with the state saved, or RunFailed on a non-finite loss."""
     optim, efficiency = config.optim, config.efficiency
     device, per_epoch = world.device, loader.steps_per_epoch
-    steps = optim.epochs * per_epoch
+    plan = schedule(optim, per_epoch)
+    steps = plan.steps
+    epochs = round(steps / per_epoch, 3) if steps % per_epoch else steps // per_epoch
     local = optim.batch_size // world.size
     first = world.rank * local
     micro = min(efficiency.micro_batch or local, local)
-    peak_lr = optim.base_lr * optim.batch_size / 256
 
     sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss x steps, steps: since the last row
     step = resume(task, run, world, sums)
@@ -76,8 +77,7 @@ def fit(
     while step < steps:
         epoch, within = divmod(step, per_epoch)
         for batch in timed(loader.epoch(epoch, within), meter):
-            now = epoch + (step % per_epoch) / per_epoch
-            lr = learning_rate(now, peak=peak_lr, epochs=optim.epochs, warmup=optim.warmup_epochs, minimum=optim.min_lr)
+            lr = plan.rate(step)
             for group in task.optimizer.param_groups:
                 group["lr"] = lr * group.get("lr_scale", 1.0)
 
@@ -104,7 +104,7 @@ def fit(
             meter.images += optim.batch_size
 
             ends_epoch = step % per_epoch == 0
-            if step % efficiency.log_every == 0 or ends_epoch:
+            if step % efficiency.log_every == 0 or ends_epoch or step == steps:
                 guard.check(task, config, run, loader)
                 row: dict[str, Any] = {
                     "step": step,
@@ -122,7 +122,7 @@ def fit(
                     run.append_metrics(row)
                     board.add(row)
                 pulse.tell(**row)
-            pulse.tell(step=step, steps=steps, epoch=round(step / per_epoch, 3), epochs=optim.epochs)
+            pulse.tell(step=step, steps=steps, epoch=round(step / per_epoch, 3), epochs=epochs)
 
             halt = stop.agreed(world, step)
             overdue = (
@@ -137,7 +137,7 @@ def fit(
                     f"{run.id}: stopped at step {step} of {steps}; its state is saved, run it again to go on",
                     stop.signals,
                 )
-            if ends_epoch:
+            if ends_epoch or step == steps:
                 break
 
 

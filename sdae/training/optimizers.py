@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
+
+from sdae.sections import Optim, StepOptim
 
 
 def adamw(
@@ -35,7 +38,7 @@ def parameter_groups(
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        plain = parameter.dim() <= 1 or name in undecayed
+        plain = parameter.dim() <= 1 or name.endswith(tuple(undecayed))
         decay = 0.0 if plain else weight_decay
         scale = layer_decay ** (depth + 1 - layer_of(name, depth)) if layer_decay is not None else 1.0
         group = groups.setdefault((decay, scale), {"params": [], "weight_decay": decay, "lr_scale": scale})
@@ -59,6 +62,7 @@ def lars(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimi
 
 
 def layer_of(name: str, depth: int) -> int:
+    name = name.removeprefix("backbone.")
     if name.startswith(("patch_embed.", "cls_token", "pos_embed")):
         return 0
     if name.startswith("blocks."):
@@ -73,6 +77,38 @@ def learning_rate(t: float, *, peak: float, epochs: float, warmup: float, minimu
     if epochs <= warmup:
         return peak
     return minimum + (peak - minimum) * 0.5 * (1 + math.cos(math.pi * (t - warmup) / (epochs - warmup)))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The optimizer steps of a run and the learning rate of each."""
+
+    steps: int
+    rate: Callable[[int], float]
+
+
+def schedule(optim: Optim | StepOptim, per_epoch: int) -> Schedule:
+    """per_epoch: steps of an epoch, for recipes that count in epochs."""
+    if isinstance(optim, StepOptim):
+        return Schedule(optim.steps, lambda step: rate_at(optim, step))
+    peak = optim.base_lr * optim.batch_size / 256
+    shape = {"peak": peak, "epochs": optim.epochs, "warmup": optim.warmup_epochs, "minimum": optim.min_lr}
+    return Schedule(
+        optim.epochs * per_epoch,
+        lambda step: learning_rate(step // per_epoch + (step % per_epoch) / per_epoch, **shape),
+    )
+
+
+def rate_at(optim: StepOptim, step: int) -> float:
+    """Linear from 0 over the warm-up; then poly: lr (1 - t)^power, or steps: lr times 0.1 at each milestone passed.
+
+    t counts from the first step, as in the recipe's own framework, so the warm-up's end meets the falling line.
+    """
+    if optim.schedule == "poly":
+        whole: float = optim.lr * (1 - step / optim.steps) ** optim.power
+    else:
+        whole = optim.lr * 0.1 ** sum(step >= milestone for milestone in optim.milestones)
+    return whole * step / optim.warmup_steps if step < optim.warmup_steps else whole
 
 
 def ema_momentum(epoch: int, *, start: float, end: float | None, epochs: int) -> float:
