@@ -19,7 +19,7 @@ from typing import Any
 
 from sdae.errors import UserError
 
-PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "pydantic", "safetensors")
+PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "pydantic", "safetensors", "faster-coco-eval")
 DIFF_LIMIT = 200_000
 SNAPSHOT = "snapshot.json"  # beside a copy of the code: what `code()` said of the original
 STAGE_MODULES = {

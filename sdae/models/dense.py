@@ -66,6 +66,7 @@ class Pyramid(Encoder):
         self.norm = nn.Identity()  # type: ignore[assignment]
         self.taps = backbone.taps or taps_of(len(self.blocks))
         self.window, self.checkpointing = backbone.window, checkpointing
+        self.blocks[self.taps[-1] + 1 :].requires_grad_(False)  # nothing reads them
         if self.window:
             self.cls_token.requires_grad_(False)
         width = self.width
