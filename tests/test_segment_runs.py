@@ -27,12 +27,13 @@ from sdae.store import Store, read_json
 from sdae.training.loop import Stop
 
 
-def test_every_parameter_is_drawn_from_the_seed(tmp_path: Path) -> None:
-    first, again, other = (
-        science(Store(done(config, tmp_path / name)[0].path.parent), config)
-        for name, config in (("a", small()), ("b", small()), ("c", small(seed=1)))
-        if torch.manual_seed(random.randrange(2**32))
-    )
+def test_every_draw_is_from_the_seed_whoever_reads_the_pictures(tmp_path: Path) -> None:
+    found = []
+    for name, config in (("a", small()), ("b", small(efficiency={"workers": 2})), ("c", small(seed=1))):
+        torch.manual_seed(random.randrange(2**32))  # the global state is drawn from nowhere
+        done(config, tmp_path / name)
+        found.append(science(Store(tmp_path / name), config))
+    first, again, other = found
     assert first == again
     assert first[1] != other[1]
 
@@ -91,7 +92,7 @@ def test_kill_at_a_random_moment(tmp_path: Path) -> None:
     seed = random.randrange(2**32)
     print("seed", seed)
     rng = random.Random(seed)
-    config = small(optim={"steps": 120})
+    config = small(optim={"steps": 80})
     undisturbed, killed = Store(tmp_path / "a"), Store(tmp_path / "b")
     began = time.monotonic()
     execute(config, undisturbed)
