@@ -3,8 +3,9 @@
     python docs/make_results.py               # from results/*/runs
     python docs/make_results.py --add mini runs  # first copies the finished runs of a store to results/mini/runs
 
-A folder results/NAME holds `about.yaml` (title, scale, artifacts, what was found) and `runs/ID/result.json`, nothing
-else of a run: the numbers, their configs and commits, no weights and no logs.
+A folder results/NAME holds `about.yaml` (title, scale, artifacts, what was found; the artifact's file where it is not the
+suite's own) and `runs/ID/result.json`, of dense tasks `evaluation.json` too: the numbers, their configs and commits, no
+weights, no logs and no photographs.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import argparse
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 from ablations.planner import plan
+from analysis.dense import evaluation_of, plot_evaluation, summary
 from analysis.figures import PANELS, draw
 from analysis.frame import collect
 from analysis.render import render
@@ -45,14 +48,16 @@ def main() -> None:
 def add(folder: Path, store: Store) -> None:
     """Copies result.json of the finished runs that the folder's artifacts ask for."""
     about = read_yaml(folder / "about.yaml")
-    sweep = plan(about["artifacts"], scale_of(folder, about), about["seeds"])
+    sweep = plan(artifacts_of(folder, about), scale_of(folder, about), about["seeds"])
     if sweep.provisional:
         sys.exit("the pictures are not here, so the runs' ids are not known (set SDAE_DATA)")
     for identity in sweep.runs:
         if store.run(identity).done:
             target = folder / "runs" / identity
             target.mkdir(parents=True, exist_ok=True)
-            shutil.copy(store.run(identity).path / "result.json", target)
+            for file in ("result.json", "evaluation.json"):
+                if (store.run(identity).path / file).exists():
+                    shutil.copy(store.run(identity).path / file, target)
 
 
 def page() -> str:
@@ -70,7 +75,7 @@ def section(folder: Path, about: dict[str, object]) -> str:
     done = frame[frame["state"] == "done"]
     commits = ", ".join(f"`{c[:10]}`" for c in sorted(set(done["commit"].dropna())))
     hours = done["seconds"].sum() / 3600
-    artifacts = [str(name) for name in about["artifacts"]]  # type: ignore[attr-defined]
+    artifacts = artifacts_of(folder, about)
     out = [
         f"## {about['title']}", "", str(about["setting"]).strip(), "",
         f"{len(done)} runs, {hours:.1f} hours of one worker, at {commits}.", "",
@@ -82,6 +87,8 @@ def section(folder: Path, about: dict[str, object]) -> str:
         if name.startswith("figure") and not set(PANELS) <= set(artifacts):
             out += [picture(store, name, scale, seeds, folder.name)]
         out += [render(build(store, name, scale, seeds), "md").strip(), ""]
+    for run, words in dict(about.get("evaluations", {})).items():  # type: ignore[call-overload]
+        out += [evaluation(store, run, words, folder.name)]
     return "\n".join([*out, "### What was found", "", str(about["found"]).strip(), ""])
 
 
@@ -94,6 +101,20 @@ def picture(store: Store, name: str, scale: str | Path, seeds: list[int], folder
             path.unlink()
     label = f"Figure {name.removeprefix('figure')}"
     return f"![{label} regenerated at the scale {folder}](figures/{target.name})\n"
+
+
+def evaluation(store: Store, run: str, words: str, folder: str) -> str:
+    """The classes of a dense run."""
+    found = evaluation_of(store.run(run))
+    PICTURES.mkdir(exist_ok=True)
+    name = f"{folder}-{run}.png"
+    plot_evaluation(found, words).savefig(PICTURES / name, dpi=110, metadata={"Software": None})
+    return f"![{words}: {summary(found)}](figures/{name})\n"
+
+
+def artifacts_of(folder: Path, about: dict[str, Any]) -> list[str]:
+    """Names of the suite's own, and files of the folder."""
+    return [str(folder / name) if (folder / name).exists() else name for name in map(str, about["artifacts"])]
 
 
 def scale_of(folder: Path, about: dict[str, object]) -> str | Path:

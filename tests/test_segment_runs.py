@@ -27,12 +27,13 @@ from sdae.store import Store, read_json
 from sdae.training.loop import Stop
 
 
-def test_every_parameter_is_drawn_from_the_seed(tmp_path: Path) -> None:
-    first, again, other = (
-        science(Store(done(config, tmp_path / name)[0].path.parent), config)
-        for name, config in (("a", small()), ("b", small()), ("c", small(seed=1)))
-        if torch.manual_seed(random.randrange(2**32))
-    )
+def test_every_draw_is_from_the_seed_whoever_reads_the_pictures(tmp_path: Path) -> None:
+    found = []
+    for name, config in (("a", small()), ("b", small(efficiency={"workers": 2})), ("c", small(seed=1))):
+        torch.manual_seed(random.randrange(2**32))  # the global state is drawn from nowhere
+        done(config, tmp_path / name)
+        found.append(science(Store(tmp_path / name), config))
+    first, again, other = found
     assert first == again
     assert first[1] != other[1]
 
@@ -91,7 +92,7 @@ def test_kill_at_a_random_moment(tmp_path: Path) -> None:
     seed = random.randrange(2**32)
     print("seed", seed)
     rng = random.Random(seed)
-    config = small(optim={"steps": 120})
+    config = small(optim={"steps": 80})
     undisturbed, killed = Store(tmp_path / "a"), Store(tmp_path / "b")
     began = time.monotonic()
     execute(config, undisturbed)
@@ -128,26 +129,27 @@ def test_two_processes_give_the_numbers_of_one(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_it_overfits_eight_pictures_of_camvid(real: Callable[[str], Path], tmp_path: Path) -> None:
-    """Half the size of the frames (240 x 180); trained and tested with the shorter side at 96 pixels."""
+    """Frames reduced to 80 x 60 pixels, so that it takes two minutes on one core; each is one crop, and one window."""
     root = real("camvid-11")
     names = sorted(path.stem for path in (root / "images" / "training").iterdir())
     for split in ("training", "validation"):
         for kind, suffix in (("images", "jpg"), ("annotations", "png")):
             (tmp_path / kind / split).mkdir(parents=True)
             for name in names[:: len(names) // 8][:8]:
-                half = Image.open(root / kind / "training" / f"{name}.{suffix}").resize(
-                    (240, 180), Image.Resampling.BOX if kind == "images" else Image.Resampling.NEAREST
+                small_one = Image.open(root / kind / "training" / f"{name}.{suffix}").resize(
+                    (80, 60), Image.Resampling.BOX if kind == "images" else Image.Resampling.NEAREST
                 )
-                half.save(tmp_path / kind / split / f"{name}.{suffix}")
+                small_one.save(tmp_path / kind / split / f"{name}.{suffix}")
     shutil.copy(root / "classes.txt", tmp_path)
-    plain = {"scale": [1.0, 1.0], "flip": False, "distort": False, "most_of_one_class": 1.0}
+    plain = {"scale": [0.75, 0.75], "flip": False, "distort": False, "most_of_one_class": 1.0}
     config = parse(
         {
             "stage": "segment", "precision": "fp32", "efficiency": TINY["efficiency"] | {"log_every": 25},
-            "data": {"name": "segmentation-folder", "path": str(tmp_path), "image_size": 96, "augment": plain},
+            "data": {"name": "segmentation-folder", "path": str(tmp_path), "image_size": 80, "augment": plain},
             "model": {"width": 64, "depth": 4, "heads": 4, "patch_size": 4, "drop_path": 0.0},
-            "head": {"channels": 32, "aux_channels": 16, "dropout": 0.0},
-            "optim": {"steps": 300, "batch_size": 8, "lr": 1e-2, "betas": [0.9, 0.99], "warmup_steps": 20},
+            "head": {"channels": 32, "aux_weight": 0.0, "dropout": 0.0},
+            "optim": {"steps": 300, "batch_size": 4, "lr": 2e-2, "betas": [0.9, 0.95], "warmup_steps": 20},
+            "test": {"scales": [0.75]},
         }
     )  # fmt: skip
     assert isinstance(config, Segment)

@@ -111,7 +111,7 @@ def _percent(part: NDArray[np.int64], whole: NDArray[np.int64]) -> list[float | 
 def probabilities(module: UperNet, config: Segment, image: Tensor, size: tuple[int, int]) -> Tensor:
     """Class probabilities (classes, *size) of one normalized picture (C, h, w), averaged over scales and flips."""
     test, data = config.test, config.data
-    views: list[Tensor] = []
+    total, views = torch.zeros((), device=image.device), len(test.scales) * (1 + test.flip)
     for scale in test.scales:
         wanted = scaled(image.shape[1], image.shape[2], data.image_size * scale, data.augment.longest)
         resized = resize(image[None], wanted)[0]
@@ -120,8 +120,8 @@ def probabilities(module: UperNet, config: Segment, image: Tensor, size: tuple[i
             with autocast(config.precision, image.device):
                 logits = slide(module, config, view) if test.mode == "slide" else whole(module, view)
             found = resize(logits[None], size)[0].softmax(0)
-            views.append(found.flip(2) if flipped else found)
-    return views[0] if len(views) == 1 else torch.stack(views).mean(0)
+            total = total + (found.flip(2) if flipped else found)
+    return total / views
 
 
 def whole(module: UperNet, image: Tensor) -> Tensor:
