@@ -3,9 +3,9 @@
     python docs/make_results.py               # from results/*/runs
     python docs/make_results.py --add mini runs  # first copies the finished runs of a store to results/mini/runs
 
-A folder results/NAME holds `about.yaml` (title, scale, artifacts, what was found; the artifact's file where it is not the
-suite's own) and `runs/ID/result.json`, of dense tasks `evaluation.json` too: the numbers, their configs and commits, no
-weights, no logs and no photographs.
+A folder results/NAME holds `about.yaml` (title, scale, artifacts, what was found; the artifact's file where it is not
+the suite's own) and `runs/ID/result.json`, of dense tasks `evaluation.json` too: the numbers, their configs and
+commits, no weights, no logs and no photographs.
 """
 
 from __future__ import annotations
