@@ -377,7 +377,7 @@ class Efficiency(Strict):
     fsdp: bool = False
     workers: Annotated[int, Field(ge=0)] = 8
     micro_batch: Positive | None = None
-    attention: Literal["auto", "flash", "efficient", "math"] = "auto"
+    attention: Literal["auto", "flash", "efficient", "cudnn", "math"] = "auto"
     checkpointing: bool = False
     threads: Positive | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
