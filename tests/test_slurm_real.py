@@ -109,7 +109,7 @@ def test_all_artifacts_have_the_numbers_of_the_local_executor(cluster: Cluster, 
     yard = Yard(cluster, tmp_path / "yard", checkout(tmp_path / "house", pretend=False))
     shorten(yard.house / "ablations")
     runs = compare(yard)
-    assert len(runs) == 33
+    assert len(runs) == 40
     assert {run.partition("-")[0] for run in runs} == {"pretrain", "finetune", "linprobe", "cost"}
 
 
