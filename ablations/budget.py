@@ -67,6 +67,8 @@ def _fullest(bills: Bills, cost: Mapping[str, float], hours: float) -> frozenset
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import csr_array
 
+    every = bills
+    bills, weight = _merged(every)
     runs = {identity: column for column, identity in enumerate(sorted(frozenset[str]().union(*bills.values())))}
     cells = {cell: row for row, cell in enumerate(dict.fromkeys(cell for cell, _ in bills))}
     of_pairs, of_cells = len(runs), len(runs) + len(bills)  # the first column of each
@@ -81,15 +83,16 @@ def _fullest(bills: Bills, cost: Mapping[str, float], hours: float) -> frozenset
     size = of_cells + len(cells)
     matrix = csr_array((values, (rows, columns)), shape=(row, size))
     is_cell, is_pair, price = np.zeros((3, size))
-    is_cell[of_cells:] = is_pair[of_pairs:of_cells] = 1
+    is_cell[of_cells:] = [weight[cell] for cell in cells]
+    is_pair[of_pairs:of_cells] = [weight[cell] for cell, _ in bills]
     price[:of_pairs] = [cost[identity] / hours * UNITS for identity in runs]
 
     def rank(chosen: frozenset[str]) -> tuple[float, float, float]:
         """The smaller the better, one number per goal."""
-        filled = [cell for (cell, _), bill in bills.items() if bill <= chosen]
+        filled = [cell for (cell, _), bill in every.items() if bill <= chosen]
         return -len(set(filled)), -len(filled), fsum(cost[i] for i in chosen)
 
-    best = _cheapest_first(bills, cost, hours)
+    best = _cheapest_first(every, cost, hours)
     constraints = [LinearConstraint(matrix, ub=0)]
     for number, goal in enumerate((-is_cell, -is_pair, price)):
         for slack in SLACKS:
@@ -107,6 +110,16 @@ def _fullest(bills: Bills, cost: Mapping[str, float], hours: float) -> frozenset
                 break
         constraints.append(LinearConstraint(goal, ub=rank(best)[number]))
     return best
+
+
+def _merged(bills: Bills) -> tuple[Bills, Counter[str]]:
+    """Of cells that the same runs fill seed by seed (the columns of a table) one, and how many it stands for."""
+    seeds: dict[str, dict[int, frozenset[str]]] = {}
+    for (cell, seed), bill in bills.items():
+        seeds.setdefault(cell, {})[seed] = bill
+    first: dict[frozenset[tuple[int, frozenset[str]]], str] = {}
+    weight = Counter(first.setdefault(frozenset(own.items()), cell) for cell, own in seeds.items())
+    return {(cell, seed): bill for (cell, seed), bill in bills.items() if cell in weight}, weight
 
 
 def _cheapest_first(bills: Bills, cost: Mapping[str, float], hours: float) -> frozenset[str]:

@@ -291,7 +291,7 @@ class _Planner:
         here = scale_epochs(steps, factor)
         optim |= {"steps": here, "warmup_steps": round_half_up(optim.get("warmup_steps", 0) * here / steps)}
         if optim.get("milestones"):
-            optim["milestones"] = [max(1, round_half_up(m * here / steps)) for m in optim["milestones"]]
+            optim["milestones"] = sorted({max(1, round_half_up(m * here / steps)) for m in optim["milestones"]})
         if here != steps:
             paper["optim.steps"] = steps
         values["optim"] = optim

@@ -143,7 +143,8 @@ def labels(rows: pd.DataFrame) -> dict[Any, str]:
     differ = [key for key in FACTS if rows[key].nunique() > 1]
     for identity, run in rows.iterrows():
         view = {"folds": f"{run['folds']} folds", "crop": f"crop of {run['tokens']}"}.get(run["view"], run["view"])
-        first = "MAE" if run["method"] == "mae" else run["stage"] if pd.isna(view) else f"SdAE, {view}"
+        stage = "MAE" if not pd.isna(run["method"]) and run["method"] == "mae" else run["stage"]
+        first = stage if pd.isna(view) else f"SdAE, {view}"
         raw = ["raw targets"] if not pd.isna(run["normalize"]) and not run["normalize"] else []
         out[identity] = ", ".join([first, *raw, *(FACTS[k].format(run[k]) for k in differ if not pd.isna(run[k]))])
     arms = rows.groupby(pd.Series(out, dtype=object))["arm"].nunique()

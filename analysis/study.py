@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -124,8 +125,12 @@ def _contents(here: pd.DataFrame) -> dict[str, dict[str, int]]:
     """By `content_key`: which fingerprints and digests the runs have, and how many of them, the most frequent first."""
     pictures = here.loc[here["fingerprint"].notna().to_numpy(bool), ["stage", "dataset", "fingerprint"]]
     weights = here.loc[here["digest"].notna().to_numpy(bool), ["weights", "digest"]]
-    keys = [content_key(*pair) for pair in zip(pictures["stage"].tolist(), pictures["dataset"].tolist(), strict=True)]
     found: dict[str, Counter[str]] = defaultdict(Counter)
-    for key, value in [*zip(keys, pictures["fingerprint"].tolist(), strict=True), *weights.itertuples(index=False)]:
-        found[key][value] += 1
+    known: Any  # pandas has no type for the values of several columns
+    for known, number in pictures.value_counts().items():  # the frame has ten thousand rows, and few sets
+        stage, dataset, value = known
+        found[content_key(stage, dataset)][value] += int(number)
+    for known, number in weights.value_counts().items():
+        name, value = known
+        found[name][value] += int(number)
     return {key: dict(values.most_common()) for key, values in found.items()}

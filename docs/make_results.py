@@ -22,6 +22,7 @@ from analysis.figures import PANELS, draw
 from analysis.frame import collect
 from analysis.render import render
 from analysis.study import build
+from analysis.table import STALE, Table
 from sdae.store import Store
 from sdae.yamls import read_yaml
 
@@ -86,10 +87,18 @@ def section(folder: Path, about: dict[str, object]) -> str:
     for name in artifacts:
         if name.startswith("figure") and not set(PANELS) <= set(artifacts):
             out += [picture(store, name, scale, seeds, folder.name)]
-        out += [render(build(store, name, scale, seeds), "md").strip(), ""]
+        out += [render(recorded(build(store, name, scale, seeds)), "md").strip(), ""]
     for run, words in dict(about.get("evaluations", {})).items():  # type: ignore[call-overload]
         out += [evaluation(store, run, words, folder.name)]
     return "\n".join([*out, "### What was found", "", str(about["found"]).strip(), ""])
+
+
+def recorded(table: Table) -> Table:
+    """The table without marks of stale cells: the page is of the commits that it names, whatever has changed since."""
+    for cell in table.cells():
+        cell.stale = False
+    table.notes = [note for note in table.notes if not note.startswith(STALE)]
+    return table
 
 
 def picture(store: Store, name: str, scale: str | Path, seeds: list[int], folder: str) -> str:

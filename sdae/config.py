@@ -197,14 +197,14 @@ class Linprobe(_Encoded):
 
 
 class _Dense(_Encoded):
-    """A task with an answer for every place of a picture, upon the pyramid of a ViT (paper section 4.4)."""
+    """A task with an answer for every place of a picture, upon the pyramid of a ViT (paper sections 3.2, 3.3)."""
 
     backbone: Backbone = Backbone()
 
     @model_validator(mode="after")
     def _taps_fit(self) -> _Dense:
         depth, taps = self.model.depth or 0, self.backbone.taps
-        if taps and (list(taps) != sorted(taps) or taps[-1] >= depth):
+        if taps and (list(taps) != sorted(taps) or taps[0] < 0 or taps[-1] >= depth):
             raise ValueError(f"backbone.taps: {taps} must rise and lie in the {depth} blocks (0 to {depth - 1})")
         return self
 

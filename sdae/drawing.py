@@ -12,6 +12,7 @@ from torch import Tensor
 
 IGNORED = 255
 GOLDEN = 0.6180339887  # turns of the colour circle between neighbouring classes
+LEAST = 240  # pixels of the longer side, about, that a drawing has
 LINE = 14  # pixels of a line of text in Pillow's own font
 
 Pixels = NDArray[np.uint8]
@@ -23,6 +24,11 @@ def pixels(image: Tensor) -> Pixels:
     return out
 
 
+def enlargement(picture: Pixels) -> int:
+    """How often each pixel of a small picture is repeated, so that there is room for a name on it."""
+    return max(1, LEAST // int(max(picture.shape[:2])))
+
+
 def colour(index: int) -> tuple[int, int, int]:
     """The colour of a class: neighbours in number are far apart on the circle, and differ in lightness."""
     red, green, blue = colorsys.hls_to_rgb(index * GOLDEN % 1, (0.45, 0.6, 0.32)[index % 3], 0.85)
@@ -31,6 +37,9 @@ def colour(index: int) -> tuple[int, int, int]:
 
 def regions(picture: Pixels, labels: NDArray[np.int64], classes: Sequence[str], most: int = 12) -> Image.Image:
     """A label map (H, W) laid over its picture (H, W, 3), with the names of the `most` largest classes below."""
+    times = enlargement(picture)
+    picture = picture.repeat(times, 0).repeat(times, 1)
+    labels = labels.repeat(times, 0).repeat(times, 1)
     names, counts = np.unique(labels[labels != IGNORED], return_counts=True)
     paint = picture.copy()
     for name in names:
@@ -53,7 +62,10 @@ def objects(
     masks: NDArray[np.bool_] | None = None,
 ) -> Image.Image:
     """Objects over their picture (H, W, 3): boxes (n, 4) as x0 y0 x1 y1, labels (n,) of `classes`, masks (n, H, W)."""
-    paint = picture.astype(np.float32)
+    times = enlargement(picture)
+    paint, boxes = picture.repeat(times, 0).repeat(times, 1).astype(np.float32), boxes * times
+    if masks is not None:
+        masks = masks.repeat(times, 1).repeat(times, 2)
     for n in reversed(range(len(boxes))):  # the surest, first, lies on top
         if masks is not None:
             paint[masks[n]] = 0.5 * paint[masks[n]] + 0.5 * np.array(colour(n))

@@ -312,6 +312,8 @@ def test_junk_at_any_key_is_accepted_or_refused_in_one_line(stage: str) -> None:
         ({"stage": "finetune", "init": {"weights": "student"}}, ["random, timm:NAME or file:PATH"]),
         ({"stage": "finetune", "init": {"weights": "random", "epoch": 3}}, ["epoch"]),
         ({"stage": "finetune", "method": {}}, ["method: unknown key"]),
+        ({"stage": "segment", "backbone": {"taps": [-3, 0, 1, 2]}}, ["backbone.taps", "0 to 11"]),
+        ({"stage": "detect", "backbone": {"taps": [3, 5, 7, 12]}}, ["backbone.taps", "0 to 11"]),
         ([1], ["expected a mapping"]),
     ],
     ids=str,

@@ -130,7 +130,7 @@ def test_each_thing_that_does_not_fit(rows: Any, text: str, check: str, parts: l
 def test_stages_that_differ_are_told_apart(rows: Any) -> None:
     found = rows("gpus: 4\npartition: gpu,old\nstages: {cost: {gpus: 9, partition: gpu}}")
     assert set(bad(found)) == {"gpus (cost)", "nodes (cost)", "partition old"}
-    assert "gpus (pretrain, finetune, linprobe) on gpu" in found
+    assert "gpus (pretrain, finetune, linprobe, segment, detect) on gpu" in found
 
 
 def test_what_slurm_itself_says_of_the_options(rows: Any) -> None:

@@ -117,7 +117,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("claims", 0, ["undecided"]),
         ("one_arm", 8, []),
         ("cost", 2, ["finetune", "median seconds"]),
-        ("dense", 12, ["| SdAE | 300 |", "needs weights"]),
+        ("dense", 4, ["| SdAE | 300 |", "needs weights", "display.Image"]),
     ],
 )
 def test_notebooks_on_a_real_store(measured: Path, name: str, pictures: int, parts: list[str]) -> None:

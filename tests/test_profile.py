@@ -296,5 +296,5 @@ def test_examples(path: Path, tmp_path: Path) -> None:
 def test_examples_are_what_their_names_say() -> None:
     found = {path.stem: load_profile(path) for path in EXAMPLES}
     gpus = {n: [p.resources(s).nodes * p.resources(s).gpus for s in STAGES] for n, p in found.items()}
-    assert list(STAGES)[:4] == ["pretrain", "finetune", "linprobe", "cost"]
-    assert gpus == {"a100": [4, 4, 1, 1], "cpu": [0] * 4, "h100": [16, 8, 1, 1], "v100": [8, 8, 8, 1]}
+    assert list(STAGES) == ["pretrain", "finetune", "linprobe", "segment", "detect", "cost"]
+    assert gpus == {"a100": [4, 4, 1, 4, 4, 1], "cpu": [0] * 6, "h100": [16, 8, 1, 8, 8, 1], "v100": [8, 8, 8, 8, 8, 1]}

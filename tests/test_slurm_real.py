@@ -31,6 +31,7 @@ from slurm_target import metrics_of
 from test_resume import science
 
 from ablations.planner import available
+from sdae.config import STAGES
 from sdae.store import RunFolder, Store
 from slurm.look import recorded
 
@@ -109,8 +110,8 @@ def test_all_artifacts_have_the_numbers_of_the_local_executor(cluster: Cluster, 
     yard = Yard(cluster, tmp_path / "yard", checkout(tmp_path / "house", pretend=False))
     shorten(yard.house / "ablations")
     runs = compare(yard)
-    assert len(runs) == 33
-    assert {run.partition("-")[0] for run in runs} == {"pretrain", "finetune", "linprobe", "cost"}
+    assert len(runs) == 40
+    assert {run.partition("-")[0] for run in runs} == set(STAGES)
 
 
 @pytest.mark.slow

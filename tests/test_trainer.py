@@ -23,8 +23,9 @@ from sdae.data import Loader, open_dataset
 from sdae.data.datasets import subset
 from sdae.errors import Interrupted, RunFailed
 from sdae.methods.sdae import SdAE
-from sdae.models.classifier import Classifier, GlobalBatchNorm
+from sdae.models.classifier import Classifier
 from sdae.models.encoder import Encoder
+from sdae.models.normalization import GlobalBatchNorm
 from sdae.run import execute
 from sdae.sections import Data, Head, Model
 from sdae.stages.pretrain import build

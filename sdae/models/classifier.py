@@ -2,38 +2,11 @@
 
 from __future__ import annotations
 
-import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 
 from sdae.models.encoder import Encoder, LayerNorm, patchify
+from sdae.models.normalization import GlobalBatchNorm
 from sdae.sections import Head, Model
-
-
-class GlobalBatchNorm(nn.BatchNorm1d):
-    """BatchNorm without affine whose statistics run over the global batch of all ranks; gradients flow through them."""
-
-    def __init__(self, features: int):
-        super().__init__(features, eps=1e-6, affine=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, D) -> (B, D), in float32."""
-        x = x.float()
-        assert self.running_mean is not None and self.running_var is not None
-        if not self.training:
-            return (x - self.running_mean) * (self.running_var + self.eps).rsqrt()
-        moments = torch.cat([x.sum(0), x.square().sum(0), x.new_full((1,), x.shape[0])])
-        if dist.is_initialized():
-            moments = all_reduce(moments)  # type: ignore[no-untyped-call]
-        count = moments[-1]
-        mean, square = moments[: x.shape[1]] / count, moments[x.shape[1] : -1] / count
-        variance = (square - mean.square()).clamp_min(0)
-        with torch.no_grad():
-            self.running_mean.lerp_(mean.detach(), 0.1)
-            self.running_var.lerp_(variance.detach() * count / (count - 1).clamp_min(1), 0.1)
-            self.num_batches_tracked += 1  # type: ignore
-        return (x - mean) * (variance + self.eps).rsqrt()
 
 
 class Classifier(Encoder):

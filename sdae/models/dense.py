@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.distributed as dist
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from sdae.models.encoder import SHORT, Encoder, patchify, run_block
+from sdae.models.normalization import GlobalBatchNorm2d
 from sdae.sections import Backbone, Model
 
 Grid = tuple[int, int]
@@ -23,35 +22,6 @@ def taps_of(depth: int) -> tuple[int, int, int, int]:
     """The blocks after one third, half, two thirds and all of the depth: 3, 5, 7, 11 of 12; 7, 11, 15, 23 of 24."""
     first, second, third, last = (max(0, math.ceil(depth * share / 6) - 1) for share in (2, 3, 4, 6))
     return first, second, third, last
-
-
-class GlobalBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm over the global batch of all ranks, also on CPU (torch's SyncBatchNorm is for GPUs only).
-
-    In float32, whatever the precision of the layers around it. Gradients flow through the statistics.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W) in float32; B H W may differ between ranks and be 0 on some."""
-        x = x.float()
-        together = dist.is_initialized()
-        if not self.training or not (together or x.numel() == x.shape[1]):  # torch refuses a single value a channel
-            return super().forward(x)  # type: ignore[no-any-return]
-        assert self.running_mean is not None and self.running_var is not None
-        size = x.new_full((1,), x.numel() / x.shape[1])
-        moments = torch.cat([x.sum((0, 2, 3)), x.square().sum((0, 2, 3)), size])
-        if together:
-            moments = all_reduce(moments)  # type: ignore[no-untyped-call]
-        count = moments[-1]
-        mean, square = moments[: x.shape[1]] / count, moments[x.shape[1] : -1] / count
-        variance = (square - mean.square()).clamp_min(0)
-        with torch.no_grad():
-            self.running_mean.lerp_(mean.detach(), 0.1)
-            self.running_var.lerp_(variance.detach() * count / (count - 1).clamp_min(1), 0.1)
-            self.num_batches_tracked += 1  # type: ignore
-        scale = (variance + self.eps).rsqrt() * self.weight
-        out: Tensor = x * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]
-        return out
 
 
 class Pyramid(Encoder):

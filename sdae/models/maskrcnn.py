@@ -23,7 +23,8 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, generaliz
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.ops.poolers import LevelMapper
 
-from sdae.models.dense import GlobalBatchNorm2d, Pyramid
+from sdae.models.dense import Pyramid
+from sdae.models.normalization import GlobalBatchNorm2d
 from sdae.sections import Backbone, DetectHead, DetectTest, Model
 
 LEVELS = ("0", "1", "2", "3")  # those that regions are taken from; RPN also sees a fifth, half as fine

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sdae.data.segmentation import IGNORE
-from sdae.models.dense import GlobalBatchNorm2d, Pyramid
+from sdae.models.dense import Pyramid
+from sdae.models.normalization import GlobalBatchNorm2d
 from sdae.sections import Backbone, Model, SegmentHead
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from PIL.Image import Image
@@ -24,14 +24,6 @@ from sdae.weights import load_init
 
 SHOWN = 4  # validation pictures that a run keeps with its predictions
 UNDECAYED = ("cls_token", "pos_embed", "relative_position_bias_table")
-
-
-class DenseNetwork(Protocol):
-    """A pyramid with a head."""
-
-    backbone: Pyramid
-
-    def init_weights(self) -> None: ...
 
 
 class DenseTask:

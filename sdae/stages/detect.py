@@ -1,4 +1,4 @@
-"""Object detection with Mask R-CNN (paper section 4.4, Table 4): AP of boxes and masks by COCO's rules."""
+"""Object detection with Mask R-CNN (paper section 3.3, Table 4): AP of boxes and masks by COCO's rules."""
 
 from __future__ import annotations
 

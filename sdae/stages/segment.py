@@ -1,4 +1,4 @@
-"""Semantic segmentation with UperNet (paper section 4.4, Table 3): slide and whole inference, mIoU."""
+"""Semantic segmentation with UperNet (paper section 3.2, Table 3): slide and whole inference, mIoU."""
 
 from __future__ import annotations
 
