@@ -19,7 +19,7 @@ from sdae.sections import Model
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 LAYER_SCALE = 0.1  # BEiT's and CAE's start for their base size
-SHORT = 32  # tokens; for so few, the CPU's fused attention kernel is slower than two plain products
+SHORT = {"fp32": 32, "bf16": 512}  # tokens; for so few, the CPU's fused attention is slower than two plain products
 
 
 def sincos_positions(width: int, side: int) -> Tensor:
@@ -82,7 +82,7 @@ def run_block(
     behind the block: the others take part in the attention and are then let go, since the MLP does not mix tokens.
     """
     if x.device.type == "cpu":
-        block.attn.fused_attn = x.shape[1] > SHORT
+        block.attn.fused_attn = is_long(x, x.shape[1])
     attended = block.ls1(block.attn(block.norm1(x), None if bias is None else bias.to(x.dtype)))
     x = x + (attended if drop is None else attended * drop[0, :, None, None].to(x.dtype))
     if keep is not None:
@@ -90,6 +90,12 @@ def run_block(
     hidden = block.ls2(block.mlp(block.norm2(x)))
     out: Tensor = x + (hidden if drop is None else hidden * drop[1, :, None, None].to(x.dtype))
     return out
+
+
+def is_long(x: Tensor, tokens: int) -> bool:
+    """Whether rows of so many tokens, in the precision of `x` or of its autocast, are worth the CPU's fused kernel."""
+    bf16 = x.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
+    return tokens > SHORT["bf16" if bf16 else "fp32"]
 
 
 def drop_path_rates(rate: float, depth: int) -> list[float]:
