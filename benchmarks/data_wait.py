@@ -1,4 +1,4 @@
-"""Which share of a training step waits for pictures, in real runs of 64 px, patch 8 (the scale `small`) by this machine.
+"""Which share of a training step waits for pictures, in real runs of 64 px, patch 8 (the scale `small`), here.
 
     python benchmarks/data_wait.py                       # ViT-S and ViT-Ti; pictures from memory, files, shards, raw
     python benchmarks/data_wait.py --archs vit_small_patch8 --forms memory --steps 60 --json data_wait.json
@@ -82,7 +82,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--archs", type=lambda text: text.split(","), default=list(ARCHS))
     parser.add_argument("--forms", type=lambda text: text.split(","), default=list(FORMS))
     parser.add_argument("--steps", type=int, default=24, help="of each run, about")
-    parser.add_argument("--side", type=int, default=72, help="of the packed pictures: that of 64 px and a crop's margin")
+    parser.add_argument(
+        "--side", type=int, default=72, help="of the packed pictures: that of 64 px and a crop's margin"
+    )
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))

@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from parts import origin
 
-from sdae import provenance
 from sdae.data import Loader, open_dataset
 from sdae.data.datasets import Files, subset
 from sdae.data.feed import link_sample, make_pictures
@@ -173,10 +173,16 @@ def report(
             f"{r.get('ratio', 0):8.2f} {goal:>6} {total:>10}"
         )
     if options.json:
-        origin = {k: v for k, v in provenance.record().items() if k not in ("diff", "host", "slurm")}
         settings = {k: v for k, v in vars(options).items() if k not in ("json", "pictures")}
         repeats = {name: [round(rate, 2) for rate in found] for name, found in rates.items()}
-        values = {"rows": rows, "repeats": repeats, "pictures": files, "settings": settings, **origin}
+        values = {
+            "benchmark": "input",
+            "rows": rows,
+            "repeats": repeats,
+            "pictures": files,
+            "settings": settings,
+            **origin(),
+        }
         Path(options.json).write_text(json.dumps(values, indent=1) + "\n")
 
 

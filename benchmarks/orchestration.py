@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from collect_10k import in_its_own_process, timed
+from parts import origin
 
-from sdae import provenance
 from sdae.store import Store
 
 STARTS = {"python": "pass", "typer and rich": "import typer, rich.console, rich.table, rich.progress"}
@@ -81,12 +81,16 @@ def main() -> None:
             rows.append(of_size(seeds, Path(folder) / "runs"))
         row = rows[-1]
         print(f"{row['runs']:>6.0f} runs: " + ", ".join(f"{name} {row[name]:.3f}" for name in TOLD))
-    found: dict[str, Any] = {"rows": rows, "growth": growth(rows), "start_s": start_times(options.repeats)}
+    found: dict[str, Any] = {
+        "benchmark": "orchestration",
+        "rows": rows,
+        "growth": growth(rows),
+        "start_s": start_times(options.repeats),
+    }
     print("growth: " + ", ".join(f"{name} {value:g}" for name, value in found["growth"].items()))
     print("start: " + ", ".join(f"{name} {seconds:.3f} s" for name, seconds in found["start_s"].items()))
     if options.json:
-        origin = {k: v for k, v in provenance.record().items() if k not in ("diff", "host", "slurm")}
-        options.json.write_text(json.dumps(found | origin, indent=1) + "\n")
+        options.json.write_text(json.dumps(found | origin(), indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -41,6 +41,10 @@ machine reached in a dense matrix product of the same precision.
 
 ```bash
 python benchmarks/pretrain_step.py --json step.json          # the step: views, eager and compiled, precisions, batches
+python benchmarks/plain.py --json plain.json                 # beside a plain reading of the paper on timm's blocks
+python benchmarks/input.py --workers 2 --json input.json     # pictures a second: PIL, files, packed shards, raw
+python benchmarks/data_wait.py --json data_wait.json         # the share of real steps that waits for pictures
+python benchmarks/orchestration.py --json orchestration.json # planning, reading, status, tables: 100 to 10,000 runs
 python benchmarks/gpu.py --out evidence --store runs         # a GPU's evidence within 9 minutes; again to go on
 ```
 """
@@ -57,6 +61,8 @@ WHAT = """
 | student, teacher, masks, loss as one compiled graph of fixed shapes | `efficiency.compile`, GPUs | rounding, 1e-5 |
 | CUDA graphs | `efficiency.cuda_graphs` | those of the compiled step |
 | the attention kernel that is fastest at the run's tokens | `efficiency.attention: auto`, GPUs | rounding |
+| two plain products in place of the fused kernel for short rows (bf16: up to 512 tokens) | always on CPUs | rounding |
+| oneDNN's product with its bias inside (`sdae/models/linear.py`) | always on CPUs in fp32 | rounding |
 | mask noise and stochastic depth drawn a step ahead, in pinned memory | always on GPUs | none: the same bits |
 | nothing read from the GPU between two rows of the log | always | none |
 | teacher without gradient, its last block and norm for the wanted tokens only | always | none |
@@ -158,13 +164,34 @@ def section(name: str, values: dict[str, Any]) -> str:
         out.append(table(rows))
     for part in measured.get("parts") or []:
         setting = ", ".join(f"{key} {part[key]}" for key in ("view", "mode", "precision", "batch") if key in part)
-        out += [f"Parts of the step: {setting}.\n", table(part["parts"])]
+        out += [f"Parts of the step: {setting}.\n", table(roofline(part["parts"])), LEFT]
     if not rows:
         plain = {key: value for key, value in flat(measured).items() if key not in NOT_FOUND}
         out.append(table([{"what": key, "found": value} for key, value in plain.items()]) if plain else "")
     return "\n".join(out)
 
 
+def roofline(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Parts with the milliseconds that their FLOP would take at the peak, and what they take beyond: of the step."""
+    rows, step = [], next(part["seconds"] for part in parts if part["part"] == "step")
+    for part in parts:
+        ideal = part["seconds"] * (part["mfu"] or 0.0)
+        beyond = part["seconds"] - ideal
+        rows.append({
+            "part": part["part"], "ms": 1e3 * part["seconds"], "at the peak (ms)": 1e3 * ideal,
+            "left on the table (ms)": 1e3 * beyond, "of the step (%)": 100 * beyond / step, "MFU": part["mfu"],
+            "GB/s": part.get("gb_per_s"), "ms of the repeats": [1e3 * seconds for seconds in part["repeats"]],
+        })  # fmt: skip
+    return rows
+
+
+LEFT = """
+What is left lies in work that has no FLOP in the count or cannot reach the peak: attention's softmax, GELU, LayerNorm,
+residuals and the loss move memory (a compiler fuses what touches the same numbers); matrices of few tokens or narrow
+layers, the decoder's first of all, fill the units badly; the optimizer and the moving average have no FLOP to count and
+are bound by memory (GB/s: the fewest bytes that they can move, over their time). The step's own row is the whole one:
+what it has beyond the sum of its parts is masks, loss and the gaps between kernels.
+"""
 NOT_FOUND = {
     "benchmark", "dry", "commit", "dirty", "diff_sha256", "python", "platform", "cpu", "cores", "cuda", "device",
     "seconds", "exit_code", "summary", "failed", "skipped",

@@ -525,3 +525,21 @@ def test_the_cost_model() -> None:
     assert scaling.Cluster(latency=0).all_reduce(size, 8) == pytest.approx(2 * 7 / 8 * size / 300e9)
     half = parse({"stage": "pretrain", "optim": {"bf16_gradients": True}})
     assert scaling.step(half, 64, 400e12, scaling.Cluster()).exchange < 0.6 * many.exchange  # type: ignore[arg-type]
+
+
+# The plain step that ours is timed against
+
+
+@pytest.mark.parametrize("view", ["mae", "masked", "folds"])
+def test_the_plain_step_has_our_loss(view: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    from plain import Plain
+    from pretrain_step import Variant, config_of
+
+    config = config_of(Variant(view, "eager", "fp32", 6, "fast"), argparse.Namespace(size="nano", steps=None))
+    values = {"stage": "pretrain", "method": config.method.model_dump(), "model": config.model.model_dump()}
+    ours = build(parse(values | {"data": {"image_size": config.data.image_size}, "precision": "fp32"}))
+    theirs = Plain(config)
+    theirs.load_state_dict(ours.state_dict())
+    images, noise = torch.randn(6, 3, 32, 32), torch.rand(6, config.tokens)
+    assert theirs(images, noise).item() == pytest.approx(ours(images, noise).loss.item(), rel=1e-5)
