@@ -41,12 +41,12 @@ def calibrate(store: Store) -> Calibration:
             speed, values = (result.get("metrics") or {}).get("images_per_s"), result.get("config")
             config = parse(values, f"{identity}/result.json") if values else folder.config() if speed else None
             if speed and config is not None:
-                key = _network(config)
+                key = network(config)
                 speeds[key] = min(speeds.get(key, float("inf")), speed * per_image(config))
     return speeds
 
 
-def _network(config: Config) -> tuple[Any, ...]:
+def network(config: Config) -> tuple[Any, ...]:
     model = config.model
     return (model.arch, model.width, model.depth, config.tokens, config.precision)
 
@@ -56,7 +56,7 @@ def gpu_hours(
 ) -> tuple[float, float]:
     """Low and high GPU-hours of one run: at 25-50 % of an H200's peak, or at the speed that a cost run measured."""
     work = flop(run.config, pictures) / 3600
-    measured = (calibration or {}).get(_network(run.config))
+    measured = (calibration or {}).get(network(run.config))
     if measured:
         return work / (measured * SPREAD[1]), work / (measured * SPREAD[0])
     return work / (PEAK * MFU[1]), work / (PEAK * MFU[0])

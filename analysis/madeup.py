@@ -33,8 +33,8 @@ TIME_NOISE, MEMORY_NOISE = 0.01, 0.0005  # shares
 ABOUT = {"finetune": 83.3, "linprobe": 62.0, "segment": 47.0, "detect": 45.0, "cost": 700.0, "pretrain": 1.0}
 TRAINING = {"ade20k": 20_210, "coco": 117_266, "segmentation-folder": 367, "coco-json": 292}  # pictures
 VALIDATION = {  # pictures, classes; else as asked
-    "imagefolder": (50_000, 1000), "tiny-imagenet": (10_000, 200), "ade20k": (2000, 150), "coco": (5000, 80),
-    "segmentation-folder": (101, 11), "coco-json": (188, 80),
+    "imagefolder": (50_000, 1000), "packed": (50_000, 1000), "tiny-imagenet": (10_000, 200),
+    "ade20k": (2000, 150), "coco": (5000, 80), "segmentation-folder": (101, 11), "coco-json": (188, 80),
 }  # fmt: skip
 PEAK, MFU, FASTEST = 312e12, 0.43, 2500.0  # of a device: FLOP/s, share of them, pictures per second
 ROWS, DEVICES, SINCE = 20, 8, datetime(2026, 1, 1, tzinfo=UTC).timestamp()

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from cli.output import Json, StoreDir, emit, table
+from cli.output import Json, ScaleName, StoreDir, emit, note, table
 from sdae.errors import UserError
+
+LINE_SECONDS = 5.0  # between two lines of progress in a pipe
 
 data = typer.Typer(help="The pictures.", no_args_is_help=True)
 weights = typer.Typer(help="Encoder weights: out of a run, or in from a released checkpoint.", no_args_is_help=True)
@@ -28,6 +35,18 @@ class Layout(StrEnum):
     timm = "timm"
 
 
+class PackedForm(StrEnum):
+    shards = "shards"
+    raw = "raw"
+
+
+class OnError(StrEnum):
+    """What an unreadable picture does."""
+
+    stop = "raise"
+    skip = "skip"
+
+
 class Which(StrEnum):
     student = "student"
     teacher = "teacher"
@@ -43,6 +62,85 @@ def list_(json: Json = False) -> None:
         return emit(rows)
     keys = ["scale", "stage", "name", "path", "image_size", "classes", "train", "val", "problem"]
     table(keys, [[row[key] for key in keys] for row in rows])
+
+
+@data.command("prepare")
+def prepare(
+    folder: Annotated[Path, typer.Argument(help="Pictures in ImageNet's layout: train/CLASS/*.jpg, val/CLASS/*.jpg.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder to write; the same one goes on where it was stopped.")],
+    form: Annotated[PackedForm, typer.Option("--form", help="shards: small JPEGs; raw: pixels of squashed pictures.")],
+    side: Annotated[int, typer.Option("--side", help="Pixels of the shorter side; raw: of both.")] = 256,
+    workers: Annotated[int | None, typer.Option("--workers", help="Processes; by default one for each core.")] = None,
+    on_error: Annotated[
+        OnError, typer.Option("--on-error", help="An unreadable picture: raise ends, skip leaves it out.")
+    ] = OnError.stop,
+    json: Json = False,
+) -> None:
+    """Packs pictures into few large files that are read without parsing: data.name packed."""
+    from sdae.data.packing import prepare as pack
+    from slurm.machine import cpus
+
+    try:
+        with progress("packing", "pictures") as tell:
+            report = pack(folder, out, form.value, side, cpus() if workers is None else workers, on_error.value, tell)
+    except KeyboardInterrupt:
+        note("stopped: the same command goes on")
+        raise typer.Exit(130) from None
+    if json:
+        return emit(report)
+    print(
+        f"{out}: {report['train']:,} + {report['val']:,} pictures of {report['classes']} classes as {form.value}, "
+        f"{report['bytes'] / 1e9:,.3f} GB in {report['files']} files"
+    )
+    for name in report["skipped"]:
+        print(f"left out, cannot be read: {name}")
+    print(f"use it with data: {{name: packed, path: {out}}}")
+
+
+@data.command("verify")
+def verify_(
+    folder: Annotated[Path, typer.Argument(help="A folder that data prepare has written.")], json: Json = False
+) -> None:
+    """Reads every packed file and compares its sha256; exit 1 where one is damaged."""
+    from sdae.data.packing import verify
+    from slurm.machine import cpus
+
+    with progress("reading", "bytes") as tell:
+        report = verify(folder, cpus(), tell)
+    if json:
+        emit(report)
+    else:
+        for damage in report["damaged"]:
+            print(f"{damage['file']}: {damage['problem']}")
+        state = f"{len(report['damaged'])} damaged" if report["damaged"] else "all as they were written"
+        print(f"{folder}: {report['files']} files, {report['bytes'] / 1e9:,.3f} GB, {state}")
+    if report["damaged"]:
+        raise typer.Exit(1)
+
+
+@contextlib.contextmanager
+def progress(verb: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A function of (done, in all) that draws a bar on a terminal, or writes a line every few seconds; on stderr."""
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn(verb), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True)) as drawn:
+            task = drawn.add_task(verb)
+            yield lambda done, total: drawn.update(task, completed=done, total=total)
+        return
+    began = told = time.monotonic()
+
+    def line(done: int, total: int) -> None:
+        nonlocal told
+        now = time.monotonic()
+        if now - told >= LINE_SECONDS and done:
+            told = now
+            left = (now - began) * (total - done) / done
+            note(f"{verb}: {done:,} of {total:,} {unit}, {timedelta(seconds=round(left))} left")
+
+    yield line
 
 
 @weights.command("export")
@@ -120,13 +218,17 @@ def doctor(
     profile: Annotated[
         Path | None, typer.Option("--profile", help="A Slurm profile: is it right for this cluster?")
     ] = None,
+    bench_data: Annotated[
+        bool, typer.Option("--bench-data", help="Only measure how many images/s this machine feeds, some 10 s.")
+    ] = False,
+    scale: ScaleName = "smoke",
     json: Json = False,
 ) -> None:
-    """Whether this machine, and with --profile its Slurm cluster, can run the suite."""
+    """Whether this machine, and with --profile its Slurm cluster, can run the suite; or feed it with pictures."""
     from sdae.store import Store
-    from slurm.doctor import examine
+    from slurm.doctor import examine, feeding
 
-    checks = examine(Store(store), profile)
+    checks = feeding(Store(store), scale) if bench_data else examine(Store(store), profile)
     if json:
         emit(checks)
     else:

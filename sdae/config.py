@@ -44,7 +44,9 @@ from sdae.yamls import explain, merge, override, read_yaml
 
 # Keys added after the first release, with the value that leaves the numbers as they were. At that value a key is left
 # out of the hash, so that the ids of older runs stay what they are.
-NEUTRAL: dict[str, Any] = {"model.positions": "absolute", "model.layer_scale": False}
+NEUTRAL: dict[str, Any] = {
+    "model.positions": "absolute", "model.layer_scale": False, "optim.bf16_gradients": False,
+}  # fmt: skip
 
 NOT_SCIENCE = ("efficiency", "probe", "scale")
 

@@ -22,6 +22,7 @@ from sdae.config import Pretrain, canonical_teacher, parse
 from sdae.data import Dataset, Loader, open_dataset, resolve
 from sdae.data.crop import resize
 from sdae.data.datasets import Resident, Split, UnreadableError, read, subset
+from sdae.data.packed import Mapped, Shards
 from sdae.errors import UserError
 from sdae.methods.mae import MAE
 from sdae.methods.sdae import SdAE
@@ -236,7 +237,11 @@ def _pixels(picture: Picture) -> Tensor:
 
 
 def _pixels_of(data: Dataset, i: int) -> Tensor:
-    return data.images[i] if isinstance(data, Resident) else _pixels(data.path_of(i))
+    if isinstance(data, Resident):
+        return data.images[i]
+    if isinstance(data, Mapped):
+        return data.gather(np.array([i]))[0]
+    return data.read(i) if isinstance(data, Shards) else _pixels(data.path_of(i))
 
 
 def _stack(pictures: Sequence[Tensor], config: Pretrain) -> Tensor:

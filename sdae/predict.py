@@ -108,7 +108,7 @@ def load_classifier(folder: RunFolder) -> tuple[Finetune | Linprobe, Classifier,
 def probabilities(module: Classifier, config: Finetune | Linprobe, image: Tensor) -> Tensor:
     """Class probabilities (C,) of uint8 (3, H, W), cut as in this data set's evaluation."""
     size = config.data.image_size
-    if config.data.name == "imagefolder":
+    if config.data.name in ("imagefolder", "packed"):
         whole = F.resize(image, [round(size * 256 / 224)], F.InterpolationMode.BICUBIC, antialias=True)
         picture = F.center_crop(whole, [size, size])[None].float()
     else:

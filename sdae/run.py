@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
 
 from sdae import provenance
 from sdae.config import Config, CostRun, dump, run_id
@@ -20,13 +20,10 @@ from sdae.errors import BrokenInput, Interrupted, RunFailed, UserError
 from sdae.stages.session import Session
 from sdae.store import RunFolder, Store
 from sdae.training import distributed
+from sdae.training.attention import BACKENDS
 from sdae.training.loop import Stop
 from sdae.training.telemetry import Pulse
 from sdae.weights import with_digest
-
-ATTENTION = {
-    "flash": [SDPBackend.FLASH_ATTENTION], "efficient": [SDPBackend.EFFICIENT_ATTENTION], "math": [SDPBackend.MATH],
-}  # fmt: skip
 
 
 class NeedNotDone(UserError):
@@ -177,7 +174,7 @@ def pulse_of(
 
 
 def attention(choice: str) -> contextlib.AbstractContextManager[Any]:
-    return contextlib.nullcontext() if choice == "auto" else sdpa_kernel(ATTENTION[choice])
+    return contextlib.nullcontext() if choice == "auto" else sdpa_kernel(BACKENDS[choice])
 
 
 def say(folder: RunFolder, text: str) -> None:

@@ -77,7 +77,7 @@ class Pictures(Strict):
 class Data(Pictures):
     """Pictures with one label each; the parts taken of them are class-balanced."""
 
-    name: Literal["builtin", "imagefolder", "tiny-imagenet", "cifar10", "cifar100", "stl10"] = "imagefolder"
+    name: Literal["builtin", "imagefolder", "packed", "tiny-imagenet", "cifar10", "cifar100", "stl10"] = "imagefolder"
     augment: Augment = Augment()
 
 
@@ -241,6 +241,7 @@ class Optim(Strict):
     warmup_epochs: Annotated[float, Field(ge=0)] = 60
     min_lr: Annotated[float, Field(ge=0)] = 0.0
     clip: Annotated[float, Field(gt=0)] | None = None
+    bf16_gradients: bool = False
     weight_ema: Annotated[float, Field(gt=0, lt=1)] | None = None
 
     @model_validator(mode="after")
@@ -372,15 +373,23 @@ class Efficiency(Strict):
     """What only makes a run fast: recorded, never part of its identity."""
 
     compile: bool = True
+    cuda_graphs: bool = False
+    fsdp: bool = False
     workers: Annotated[int, Field(ge=0)] = 8
     micro_batch: Positive | None = None
-    attention: Literal["auto", "flash", "efficient", "math"] = "auto"
+    attention: Literal["auto", "flash", "efficient", "cudnn", "math"] = "auto"
     checkpointing: bool = False
     threads: Positive | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     log_every: Positive = 50
     checkpoint_minutes: Annotated[float, Field(ge=0)] = 10.0
     tensorboard: bool = False
+
+    @model_validator(mode="after")
+    def _graphs_are_of_compiled_code(self) -> Efficiency:
+        if self.cuda_graphs and not self.compile:
+            raise ValueError("cuda_graphs: true wants compile: true")
+        return self
 
 
 class Probe(Strict):

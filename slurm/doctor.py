@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import platform
 import sys
@@ -10,15 +11,21 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ablations.scale import DENSE, load_scale, scales
+from ablations.cost import MFU, SPREAD, calibrate, network
+from ablations.scale import DENSE, load_scale, recipes, scales
+from sdae.config import Config, parse
 from sdae.data.fingerprint import SPLITS, cache_folder, listing
 from sdae.errors import UserError
+from sdae.models.flops import per_image
+from sdae.sections import Data
 from sdae.store import Store
+from sdae.yamls import merge
 from slurm.doctor_cluster import examine_cluster
 from slurm.machine import cpus
 from slurm.profile import load_profile
 
 ORDER = ["smoke", "mini", "small", "paper"]
+RESERVE = 1.2  # times what the model takes: so much is to be fed
 NEEDED = {"torch": (2, 11), "torchvision": (0, 26), "timm": (1, 0)}
 
 
@@ -56,6 +63,78 @@ def pictures() -> list[dict[str, Any]]:
             row["problem"] = str(error)
         rows.append(row)
     return rows
+
+
+def feeding(store: Store, scale: str, seconds: float = 10.0) -> list[dict[str, Any]]:
+    """How many images/s this machine feeds at a scale, how many the model takes, and what to do: rows as `examine`'s.
+
+    The model's are those of a cost run in `store` where there is one of its shape, else by FLOP at an assumed part of
+    this device's measured peak.
+    """
+    from sdae.data.feed import bench
+
+    config, cores = _pretraining(scale), cpus()
+    assert isinstance(config.data, Data)
+    found = bench(config.data, config.efficiency.workers, seconds)
+    pictures = "made pictures of 500 x 375, as the scale's are not here" if found["made"] else "the scale's pictures"
+    rows = []
+    for form, rate in found["rates"].items():
+        text = f"{rate['per_core']:,.0f} images/s per core up to the device, {rate['all']:,.0f} in all, cut and "
+        text += f"normalized on {found['device']}, with efficiency.workers {found['workers']}"
+        rows.append(_check(f"feeds from {form}", True, text + (f" ({pictures})" if form == found["source"] else "")))
+    low, high, how = _taken(config, store, found["device"])
+    rows.append(_check("model takes", True, f"{_rate(low)} to {_rate(high)} images/s ({how})"))
+    enough, what = advice(found, RESERVE * high, cores, config.efficiency.workers)
+    rows.append(_check("input", enough, f"{_rate(RESERVE * high)} images/s are wanted; {what}"))
+    return rows
+
+
+def _rate(images: float) -> str:
+    return f"{images:,.0f}" if images >= 10 else f"{images:.2g}"
+
+
+def advice(found: dict[str, Any], wanted: float, cores: int, workers: int) -> tuple[bool | None, str]:
+    """Whether the pictures as they lie are fed fast enough (null: not as configured, but they can be), what to do."""
+    source, rates = found["source"], found["rates"]
+    if rates[source]["all"] >= wanted:
+        return True, f"{source} feeds {rates[source]['all']:,.0f}: nothing to do"
+    if source == "memory":
+        return None, f"memory feeds {rates[source]['all']:,.0f}: cropping on {found['device']} is what takes the time"
+    if found["device"] == "cpu" and rates[source]["all"] < wanted <= rates[source]["per_core"]:
+        return None, f"{source} feeds enough, cutting and normalizing on the processor does not"
+    for form in ("files", "shards", "raw")[("files", "shards", "raw").index(source) :]:
+        if form not in rates:
+            continue
+        need = math.ceil(wanted / rates[form]["per_core"])
+        if need > cores:
+            continue
+        if form == source:
+            idle = f"{need} of {cores} cores suffice, if they are idle"
+            return None, f"efficiency.workers: {need}" if need > workers else idle
+        command = f"sdae-cli data prepare FOLDER --out DIR --form {form}"
+        return None, f"{command}, then data: {{name: packed, path: DIR}} and efficiency.workers: {need}"
+    best = max(rates, key=lambda form: rates[form]["per_core"])
+    most = f"even {best} feeds {rates[best]['per_core']:,.0f} per core"
+    return False, f"{most}, and there are {cores}: more cores for each GPU"
+
+
+def _pretraining(scale: str) -> Config:
+    """The method's pre-training at a scale, as its recipe says."""
+    chosen = load_scale(scale)
+    values = merge(merge(recipes()["sdae"], chosen.part("pretrain")), chosen.recipes.get("sdae", {}))
+    return parse(merge(values, {"optim": {"warmup_epochs": 0}}))
+
+
+def _taken(config: Config, store: Store, device: str) -> tuple[float, float, str]:
+    """Low and high images/s of a training step, and how they are known."""
+    from sdae.training.telemetry import peak_flops
+
+    flop = per_image(config)
+    if measured := calibrate(store).get(network(config)):
+        return SPREAD[0] * measured / flop, SPREAD[1] * measured / flop, "by a cost run of this store"
+    peak = peak_flops(device, config.precision)
+    how = f"{flop / 1e9:,.3g} GFLOP each at {100 * MFU[0]:.0f} to {100 * MFU[1]:.0f} % of this {device}'s"
+    return MFU[0] * peak / flop, MFU[1] * peak / flop, f"{how} {peak / 1e12:,.2f} TFLOP/s, {config.precision}"
 
 
 def _check(name: str, ok: bool | None, detail: str) -> dict[str, Any]:

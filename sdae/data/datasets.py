@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torchvision
+from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
@@ -51,6 +52,10 @@ class Dataset:
     def path_of(self, i: int) -> str:
         return self._name(i)
 
+    def take(self, chosen: NDArray[np.int64]) -> Dataset:
+        """The set of these pictures, in this order."""
+        raise NotImplementedError
+
 
 class Resident(Dataset):
     """images uint8 (N, 3, H, W). `skipped`: index -> file that was replaced because it cannot be read."""
@@ -68,6 +73,10 @@ class Resident(Dataset):
         if str(device) not in self._copies:
             self._copies[str(device)] = (self.images.to(device), self.labels.to(device))
         return self._copies[str(device)]
+
+    def take(self, chosen: NDArray[np.int64]) -> Resident:
+        at = torch.from_numpy(chosen)
+        return Resident(self.images[at], self.labels[at], self.classes, lambda i: self.path_of(int(chosen[i])))
 
 
 class Files(Dataset):
@@ -89,27 +98,41 @@ class Files(Dataset):
     def read(self, i: int) -> Tensor:
         return read(self.path_of(i))
 
+    def take(self, chosen: NDArray[np.int64]) -> Files:
+        paths = [os.fsdecode(p) for p in self.paths[chosen]]
+        return Files(Path(self.root), paths, self.labels[torch.from_numpy(chosen)], self.classes)
+
 
 def read(path: str) -> Tensor:
     """A file as uint8 RGB (3, H, W). Raises `UnreadableError`."""
+    return decode(content_of(path), path)
+
+
+def content_of(path: str) -> NDArray[np.uint8]:
+    """A file's bytes. Raises `UnreadableError`."""
     try:
         with open(path, "rb") as file:
-            content = file.read()
+            return np.frombuffer(bytearray(file.read()), np.uint8)
     except OSError as error:
         raise UnreadableError(f"{path}: cannot be read: {error.strerror}") from None
-    if content and decode_image is not None:
+
+
+def decode(content: NDArray[np.uint8], name: str) -> Tensor:
+    """The bytes of a picture file (a writable array, which is only read) as uint8 RGB (3, H, W). The one place where
+    pictures are decoded. Raises `UnreadableError`, which names `name`."""
+    if len(content) and decode_image is not None:
         with contextlib.suppress(RuntimeError):
-            image: Tensor = decode_image(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
+            image: Tensor = decode_image(torch.from_numpy(content), ImageReadMode.RGB)
             if image.dtype == torch.uint8 and image.shape[0] == 3:
                 return image
     try:  # rarer formats and modes (16 bit, BMP, TIFF)
         from PIL import Image
 
-        with Image.open(io.BytesIO(content)) as opened:
+        with Image.open(io.BytesIO(content.tobytes())) as opened:
             return torch.from_numpy(np.array(opened.convert("RGB"))).permute(2, 0, 1).contiguous()
     except Exception as error:
         reason = "not a picture" if "cannot identify" in str(error) else " ".join(str(error).split())
-        raise UnreadableError(f"{path}: broken picture: {reason}") from None
+        raise UnreadableError(f"{name}: broken picture: {reason}") from None
 
 
 def open_dataset(data: Data, split: Split) -> Dataset:
@@ -119,6 +142,10 @@ def open_dataset(data: Data, split: Split) -> Dataset:
         return _builtin(split, sum(found.counts[split]), data.image_size, len(found.classes))
     if data.name == "imagefolder":
         return _files(data, split, found)
+    if data.name == "packed":
+        from sdae.data.packed import open_packed
+
+        return open_packed(data, split, found)
     if data.name == "tiny-imagenet":
         files = _files(data, split, found)
         stamp = max(os.stat(f"{files.root}/{name}").st_mtime_ns for name in found.classes)
@@ -137,13 +164,7 @@ def subset(dataset: Dataset, n: int) -> Dataset:
     """At most `n` pictures, always the same ones, drawn from all classes alike (files lie class by class)."""
     if n >= len(dataset):
         return dataset
-    chosen = np.sort(permutation(0, 0, len(dataset))[:n])
-    labels = dataset.labels[torch.from_numpy(chosen)]
-    if isinstance(dataset, Files):
-        return Files(Path(dataset.root), [os.fsdecode(p) for p in dataset.paths[chosen]], labels, dataset.classes)
-    assert isinstance(dataset, Resident)
-    images = dataset.images[torch.from_numpy(chosen)]
-    return Resident(images, labels, dataset.classes, lambda i: dataset.path_of(int(chosen[i])))
+    return dataset.take(np.sort(permutation(0, 0, len(dataset))[:n]))
 
 
 def _files(data: Data, split: str, found: Listing) -> Files:

@@ -20,12 +20,13 @@ from typing import Any, TypeVar
 from sdae.data import builtin
 from sdae.errors import UserError
 from sdae.sections import Data, DetectData, Pictures, SegmentData
-from sdae.store import write_atomically
+from sdae.store import read_json, write_atomically
 
 AnyPictures = TypeVar("AnyPictures", bound=Pictures)
 SPLITS = ("train", "val")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 FOLDERS = ("imagefolder", "tiny-imagenet")
+MANIFEST, PACKED_FORMAT = "manifest.json", 1  # of a folder of packed pictures (sdae.data.packing)
 KNOWN = {"cifar10": (10, 5000, 1000), "cifar100": (100, 500, 100), "stl10": (10, 500, 800)}  # classes, pictures of each
 SETTLED_SECONDS = 2.0  # a folder changed less long ago may change again within its mtime's resolution: not cached
 
@@ -48,6 +49,7 @@ def folder_of(data: Pictures) -> Path:
         if data.name in KNOWN:
             return cache_folder() / data.name
         layout = f" with {expected('PATH')}" if data.name in FOLDERS else ""
+        layout = " that `sdae-cli data prepare` has written" if data.name == "packed" else layout
         raise UserError(f"data.path: {data.name} needs a folder{layout}")
     path = os.path.expanduser(os.path.expandvars(data.path))
     if unset := re.search(r"\$\{?\w+\}?", path):
@@ -81,6 +83,9 @@ def listing(data: Pictures) -> Listing:
     if data.name in KNOWN:
         n, train, val = KNOWN[data.name]
         classes, counts = tuple(f"{data.name}-{i:02d}" for i in range(n)), {"train": [train] * n, "val": [val] * n}
+    elif data.name == "packed":
+        found = manifest(folder_of(data))
+        classes, counts = tuple(found["classes"]), found["counts"]
     else:
         classes, counts = scan(folder_of(data), data.classes)
     if data.classes is not None and data.classes > len(classes):
@@ -156,8 +161,37 @@ def _classes(root: Path, split: str) -> list[str]:
     return names
 
 
+def manifest(root: Path, sizes: bool = True) -> dict[str, Any]:
+    """What is in a folder of packed pictures: `classes`, `counts` by split, `form`, `side`, `files` with bytes and
+    sha256. Raises `UserError` where the folder is not whole; `sizes`: whether each file has the manifest's size."""
+    file = root / MANIFEST
+    if not root.is_dir():
+        raise UserError(f"data.path: {root}: no such folder (expected one that `sdae-cli data prepare` has written)")
+    if not file.exists():
+        raise UserError(f"data.path: {root}: no {MANIFEST}: not packed to the end (`sdae-cli data prepare` goes on)")
+    found = read_json(file)
+    if not isinstance(found, dict) or found.get("digest") != manifest_digest(found):
+        raise UserError(f"data.path: {file}: damaged (pack the pictures again)")
+    if found["format"] != PACKED_FORMAT:
+        raise UserError(f"data.path: {file}: format {found['format']} is unknown (allowed: {PACKED_FORMAT})")
+    for name, facts in found["files"].items() if sizes else ():
+        try:
+            size = os.stat(root / name).st_size
+        except OSError as error:
+            raise UserError(f"data.path: {root / name}: {error.strerror} (pack the pictures again)") from None
+        if size != facts["bytes"]:
+            raise UserError(f"data.path: {root / name}: {size:,} bytes, the manifest says {facts['bytes']:,}")
+    return found
+
+
+def manifest_digest(values: dict[str, Any]) -> str:
+    rest = {key: value for key, value in values.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
 def fingerprint(data: Pictures) -> str | None:
-    """16 hex digits over the class list and the number of pictures per class and split.
+    """16 hex digits over the class list and the number of pictures per class and split; of packed ones also over form
+    and side.
 
     None where the folder is not there (or not said); a folder that is there and wrong raises `UserError`.
     """
@@ -169,6 +203,9 @@ def fingerprint(data: Pictures) -> str | None:
             return None
     found = listing(data)
     kind = {"builtin": f"builtin {builtin.VERSION}", **dict.fromkeys(FOLDERS, "folder")}.get(data.name, data.name)
+    if data.name == "packed":
+        facts = manifest(folder_of(data), sizes=False)
+        kind = f"packed {facts['form']} {facts['side']}"
     if not isinstance(data, Data):  # the same pictures with other answers are another set
         kind = f"{'segment' if isinstance(data, SegmentData) else 'detect'} {kind}"
     parts = [kind, found.classes, *(found.counts[s] for s in SPLITS)]

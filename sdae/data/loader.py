@@ -7,9 +7,10 @@ batch or the step at which an interrupted run goes on. So there is no state to s
 from __future__ import annotations
 
 import signal
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +23,7 @@ from torchvision.transforms.v2 import functional as F
 from sdae.data import crop
 from sdae.data.datasets import Dataset, Files, Resident, UnreadableError
 from sdae.data.mixing import erase
+from sdae.data.packed import Mapped, boxes_in
 from sdae.data.randaugment import RandAugment
 from sdae.data.randomness import permutation
 from sdae.errors import BrokenInput, UserError
@@ -30,6 +32,8 @@ from sdae.sections import Data
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 GREY_MEAN, GREY_STD = 0.449, 0.226
 LUMA = (0.299, 0.587, 0.114)
+TOGETHER = 16  # pictures of a batch that a worker cuts after it has read them: they stay in the processor's cache
+AHEAD = 4  # batches that threads gather from a memory map before they are wanted, at most
 
 Item = tuple[Tensor | str, int, int, list[tuple[int, str]]]  # picture or what is wrong, label, index, skipped files
 
@@ -92,7 +96,7 @@ class Loader:
         if train and len(dataset) < batch_size:
             raise UserError(f"optim.batch_size: {batch_size} is more than the {len(dataset)} training pictures")
         self.dataset, self.data, self.seed, self.train = dataset, data, seed, train
-        self.device, self.channels = torch.device(device), channels
+        self.device, self.channels, self.workers = torch.device(device), channels, workers
         self.order = Order(len(dataset), seed, batch_size, train, rank, world)
         self.steps_per_epoch = len(self.order)
         self.skipped: dict[int, str] = dict(dataset.skipped) if isinstance(dataset, Resident) else {}
@@ -112,29 +116,66 @@ class Loader:
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from `first_step` on. Raises `BrokenInput` for a broken picture (on_error: raise)."""
-        if isinstance(self.dataset, Resident):
-            images, labels = self.dataset.on(self.device)
-            for part in self.order.parts(epoch, first_step):
-                at = torch.from_numpy(part)
-                there = at.to(self.device)
-                yield Batch(self._finish(self._cut(images[there], epoch, part), epoch, part), labels[there], at)
+        for images, labels, at in self.fetch(epoch, first_step):
+            part = at.numpy()
+            cut = images.float() if self._reader is not None else self._cut(images, epoch, part)
+            yield Batch(self._finish(cut, epoch, part), labels, at)
+
+    def fetch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """What the processor has to do for each batch: uint8 pictures and labels on the device (files cut and flipped
+        already, the others whole), indices on the CPU."""
+        if self._reader is not None:
+            self.order.epoch, self.order.first_step = epoch, first_step
+            for pictures, targets, at, skipped in self._reader:
+                if isinstance(pictures, str):
+                    raise BrokenInput(pictures)
+                self.skipped.update(skipped)
+                yield pictures.to(self.device, non_blocking=True), targets.to(self.device), at
             return
-        assert self._reader is not None
-        self.order.epoch, self.order.first_step = epoch, first_step
-        for pictures, targets, at, skipped in self._reader:
-            if isinstance(pictures, str):
-                raise BrokenInput(pictures)
-            self.skipped.update(skipped)
-            pictures = pictures.to(self.device, non_blocking=True)
-            yield Batch(self._finish(pictures.float(), epoch, at.numpy()), targets.to(self.device), at)
+        assert isinstance(self.dataset, Resident | Mapped)
+        parts, labels = self.order.parts(epoch, first_step), self.dataset.labels.to(self.device)
+        if isinstance(self.dataset, Mapped):
+            for at, images in self._gathered(self.dataset, parts):
+                yield images.to(self.device, non_blocking=True), labels[at.to(self.device)], at
+            return
+        images, labels = self.dataset.on(self.device)
+        for part in parts:
+            at = torch.from_numpy(part)
+            there = at.to(self.device)
+            yield images[there], labels[there], at
+
+    def _gathered(self, dataset: Mapped, parts: Iterator[NDArray[np.int64]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Indices and pictures of each batch. Copying holds no lock of Python's, so that threads do for workers."""
+        pin = self.device.type == "cuda"
+        if not self.workers:
+            yield from ((torch.from_numpy(part), dataset.gather(part, pin)) for part in parts)
+            return
+        ahead: deque[tuple[Tensor, Future[Tensor]]] = deque()
+        threads = min(self.workers, AHEAD)
+        with ThreadPoolExecutor(threads) as pool:
+            for part in parts:
+                ahead.append((torch.from_numpy(part), pool.submit(dataset.gather, part, pin)))
+                if len(ahead) == threads:
+                    at, images = ahead.popleft()
+                    yield at, images.result()
+            for at, images in ahead:
+                yield at, images.result()
 
     def _cut(self, images: Tensor, epoch: int, part: NDArray[np.int64]) -> Tensor:
         """Crop and flip of pictures in memory: uint8 (b, 3, H, W) -> float32 (b, 3, S, S) in 0..255."""
-        size, augment = self.data.image_size, self.data.augment
-        if not self.train:
+        size, augment, dataset = self.data.image_size, self.data.augment, self.dataset
+        flip = torch.from_numpy(crop.flips(self.seed, epoch, part) & (augment.flip and self.train))
+        if isinstance(dataset, Mapped):
+            drawn = self.train
+            box = dataset.boxes(self.seed, epoch, part, augment.scale) if drawn else dataset.middles(part, size)
+            if self.device.type == "cpu":  # the processor's uint8 kernel is many times as fast as the matmuls
+                each = zip(images, box.tolist(), flip.tolist(), strict=True)
+                return torch.stack([_crop(image, place, flipped, size) for image, place, flipped in each]).float()
+        elif not self.train:
             return crop.resize(images, size)
-        box = torch.from_numpy(crop.boxes(self.seed, epoch, part, images.shape[2], images.shape[3], augment.scale))
-        flip = torch.from_numpy(crop.flips(self.seed, epoch, part) & augment.flip)
+        else:
+            height, width = images.shape[2:]
+            box = torch.from_numpy(crop.boxes(self.seed, epoch, part, height, width, augment.scale))
         return crop.resized_crop(images, box.to(self.device), flip.to(self.device), size)
 
     def _finish(self, images: Tensor, epoch: int, part: NDArray[np.int64]) -> Tensor:
@@ -175,32 +216,57 @@ class _Reader:
         return len(self.dataset)
 
     def __getitem__(self, key: tuple[int, int]) -> Item:
-        epoch, index = key
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list[Item]:
+        """Keys of one epoch. Some pictures at a time: what is drawn for them costs little more than for one."""
+        return [item for i in range(0, len(keys), TOGETHER) for item in self._items(keys[i : i + TOGETHER])]
+
+    def _items(self, keys: list[tuple[int, int]]) -> list[Item]:
+        items = [self._read(index) for _, index in keys]
+        there = [k for k, item in enumerate(items) if isinstance(item[0], Tensor)]
+        images = [item[0] for item in items if isinstance(item[0], Tensor)]
+        for k, cut in zip(there, self._cut(images, keys[0][0], np.array([keys[k][1] for k in there])), strict=True):
+            items[k] = (cut, *items[k][1:])
+        return items
+
+    def _read(self, index: int) -> Item:
+        """The whole picture, or the next one that can be read."""
         skipped: list[tuple[int, str]] = []
         for i in ((index + k) % len(self.dataset) for k in range(len(self.dataset))):
             try:
-                image = self.dataset.read(i)
+                return self.dataset.read(i), int(self.dataset.labels[i]), index, skipped
             except UnreadableError as error:
                 if self.data.on_error == "raise":
                     return str(error), 0, index, []
                 skipped.append((i, self.dataset.path_of(i)))
-                continue
-            return self._cut(image, epoch, index), int(self.dataset.labels[i]), index, skipped
         return f"{self.dataset.root}: no readable picture in it", 0, index, []
 
-    def _cut(self, image: Tensor, epoch: int, index: int) -> Tensor:
-        """uint8 (3, H, W) -> uint8 (3, S, S)."""
-        size = self.data.image_size
-        resample = partial(F.resize, interpolation=F.InterpolationMode.BICUBIC, antialias=True)
+    def _cut(self, images: list[Tensor], epoch: int, at: NDArray[np.int64]) -> list[Tensor]:
+        """uint8 (3, H, W) each -> uint8 (3, S, S) each."""
+        size, augment = self.data.image_size, self.data.augment
         if not self.train:
-            image = resample(image, [round(size * 256 / 224)])
-            top, left = (image.shape[1] - size) // 2, (image.shape[2] - size) // 2
-            return image[:, top : top + size, left : left + size]
-        one = np.array([index])
-        box = crop.boxes(self.seed, epoch, one, image.shape[1], image.shape[2], self.data.augment.scale)
-        top, left, height, width = box[0].tolist()
-        image = resample(image[:, top : top + height, left : left + width], [size, size])
-        return image.flip(2) if self.data.augment.flip and crop.flips(self.seed, epoch, one)[0] else image
+            return [self._middle(image, size) for image in images]
+        sizes = np.array([image.shape[1:] for image in images], np.int64).reshape(-1, 2)
+        boxes = boxes_in(sizes, self.seed, epoch, at, augment.scale).tolist()
+        flips = (crop.flips(self.seed, epoch, at) & augment.flip).tolist()
+        return [_crop(*each, size) for each in zip(images, boxes, flips, strict=True)]
+
+    def _middle(self, image: Tensor, size: int) -> Tensor:
+        image = _resample(image, [round(size * 256 / 224)])
+        top, left = (image.shape[1] - size) // 2, (image.shape[2] - size) // 2
+        return image[:, top : top + size, left : left + size]
+
+
+def _crop(image: Tensor, box: list[int], flip: bool, size: int) -> Tensor:
+    """uint8 (3, H, W) -> uint8 (3, size, size)."""
+    top, left, height, width = box
+    part = _resample(image[:, top : top + height, left : left + width], [size, size])
+    return part.flip(2) if flip else part
+
+
+def _resample(image: Tensor, size: list[int]) -> Tensor:
+    return F.resize(image, size, interpolation=F.InterpolationMode.BICUBIC, antialias=True)  # type: ignore[no-any-return]
 
 
 def _collate(items: list[Item]) -> tuple[Tensor | str, Tensor, Tensor, list[tuple[int, str]]]:

@@ -11,6 +11,7 @@ from sdae.config import Pretrain
 from sdae.models.autoencoder import MaskedAutoencoder
 from sdae.models.encoder import Encoder, patchify
 from sdae.objective import cosine_loss, normalize, similarity_axis
+from sdae.training.sharding import whole
 from sdae.views import View, as_rows, split
 
 
@@ -67,7 +68,10 @@ class SdAE(nn.Module):
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
-        """Eq. (7), for every encoder parameter incl. position and cls, in two foreach calls."""
+        """Eq. (7), for every encoder parameter incl. position and cls, in two foreach calls.
+
+        One call of `_foreach_lerp_` would round otherwise and give the runs of before other bits.
+        """
         if self._pairs is None or self._pairs[0][0].device != self.teacher.cls_token.device:
             student = dict(self.student.named_parameters())
             names, teacher = zip(*self.teacher.named_parameters(), strict=True)
@@ -81,4 +85,5 @@ class SdAE(nn.Module):
         """|teacher - student| / |student| over the encoder's parameters."""
         student = dict(self.student.named_parameters())
         gap = sum((p - student[n]).square().sum() for n, p in self.teacher.named_parameters())
-        return float((gap / sum(student[n].square().sum() for n, _ in self.teacher.named_parameters())) ** 0.5)  # type: ignore[operator]
+        size = sum(student[n].square().sum() for n, _ in self.teacher.named_parameters())
+        return float((whole(gap) / whole(size)) ** 0.5)  # type: ignore[arg-type]

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from sdae.models.encoder import Encoder, LayerNorm, gather, init_xavier, run_block, sincos_positions
+from sdae.models.encoder import Block, Encoder, LayerNorm, gather, init_xavier, run_blocks, sincos_positions
 from sdae.models.linear import speed_up
 from sdae.sections import Model
 
@@ -43,8 +42,8 @@ class MaskedAutoencoder(Encoder):
         x = torch.cat([x[:, :1] + self.decoder_pos_embed[:, :1], rest], dim=1)
         wanted = slice(1 + visible.shape[1], 1 + visible.shape[1] + used)
         last = len(self.decoder_blocks) - 1
-        for i, block in enumerate(self.decoder_blocks):
-            x = run_block(block, x, keep=wanted if i == last else None)
+        factors = [(None, wanted if i == last else None) for i in range(last + 1)]
+        x = run_blocks(self.decoder_blocks, x, factors, self.checkpointing)
         return self.decoder_pred(self.decoder_norm(x if last >= 0 else x[:, wanted]))  # type: ignore[no-any-return]
 
     def predict(self, patches: Tensor, visible: Tensor, masked: Tensor, used: int, drop: Tensor | None) -> Tensor:

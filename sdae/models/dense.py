@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from sdae.models.encoder import SHORT, Encoder, patchify, run_block
+from sdae.models.encoder import Encoder, is_long, patchify, run_block
 from sdae.models.normalization import GlobalBatchNorm2d
 from sdae.sections import Backbone, Model
 
@@ -91,7 +91,7 @@ class Pyramid(Encoder):
             )
         assert self.window is not None
         if x.device.type == "cpu":
-            block.attn.fused_attn = self.window**2 > SHORT
+            block.attn.fused_attn = is_long(x, self.window**2)
         side = self.window
         local = self.bias(block, (side, side), cls=False).to(x.dtype) if self.relative else None
         attended = block.ls1(merge(block.attn(split(block.norm1(x), grid, side), local), grid, side))

@@ -5,19 +5,21 @@ from __future__ import annotations
 import functools
 import math
 from functools import partial
+from typing import Any
 
 import torch
 from timm.layers import PatchEmbed
-from timm.models.vision_transformer import Block
+from timm.models import vision_transformer
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from sdae.models.linear import speed_up
 from sdae.sections import Model
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 LAYER_SCALE = 0.1  # BEiT's and CAE's start for their base size
-SHORT = 32  # tokens; for so few, the CPU's fused attention kernel is slower than two plain products
+SHORT = {"fp32": 32, "bf16": 512}  # tokens; for so few, the CPU's fused attention is slower than two plain products
 
 
 def sincos_positions(width: int, side: int) -> Tensor:
@@ -47,9 +49,32 @@ def gather(tokens: Tensor, ids: Tensor) -> Tensor:
     return tokens.expand(ids.shape[0], -1, -1).gather(1, index)
 
 
+class Block(vision_transformer.Block):  # type: ignore[misc]
+    """timm's pre-norm block under timm's names, as `run_block` runs it: a module call, so that it can be sharded."""
+
+    def forward(
+        self, x: Tensor, drop: Tensor | None = None, keep: slice | Tensor | None = None, bias: Tensor | None = None
+    ) -> Tensor:
+        return run_block(self, x, drop, keep, bias)
+
+
+def run_blocks(blocks: nn.ModuleList, x: Tensor, factors: list[tuple[Any, ...]], again: bool) -> Tensor:
+    """The blocks one behind the other; `factors`: what each takes beside the tokens.
+
+    again: keep no activations for the backward pass, compute them once more in it (the same numbers).
+    """
+    for block, rest in zip(blocks, factors, strict=True):
+        if again and torch.is_grad_enabled():
+            x = checkpoint(block, x, *rest, use_reentrant=False, preserve_rng_state=False)
+        else:
+            x = block(x, *rest)
+    return x
+
+
 def run_block(
-    block: Block, x: Tensor, drop: Tensor | None = None, keep: slice | Tensor | None = None, bias: Tensor | None = None
-) -> Tensor:
+    block: vision_transformer.Block, x: Tensor, drop: Tensor | None = None, keep: slice | Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """One pre-norm block (B, N, D).
 
     `bias` (heads, N, N) is added to the attention's scores. `drop` (2, B) holds the stochastic-depth factors of its
@@ -57,7 +82,7 @@ def run_block(
     behind the block: the others take part in the attention and are then let go, since the MLP does not mix tokens.
     """
     if x.device.type == "cpu":
-        block.attn.fused_attn = x.shape[1] > SHORT
+        block.attn.fused_attn = is_long(x, x.shape[1])
     attended = block.ls1(block.attn(block.norm1(x), None if bias is None else bias.to(x.dtype)))
     x = x + (attended if drop is None else attended * drop[0, :, None, None].to(x.dtype))
     if keep is not None:
@@ -65,6 +90,12 @@ def run_block(
     hidden = block.ls2(block.mlp(block.norm2(x)))
     out: Tensor = x + (hidden if drop is None else hidden * drop[1, :, None, None].to(x.dtype))
     return out
+
+
+def is_long(x: Tensor, tokens: int) -> bool:
+    """Whether rows of so many tokens, in the precision of `x` or of its autocast, are worth the CPU's fused kernel."""
+    bf16 = x.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
+    return tokens > SHORT["bf16" if bf16 else "fp32"]
 
 
 def drop_path_rates(rate: float, depth: int) -> list[float]:
@@ -138,6 +169,8 @@ class Encoder(nn.Module):
     Released encoders may have a relative position bias for each block, and layer scale (`Model`).
     """
 
+    checkpointing = False  # see `run_blocks`
+
     def __init__(self, model: Model, image_size: int):
         super().__init__()
         assert model.width and model.depth and model.heads and model.patch_size and model.mlp_ratio
@@ -185,11 +218,16 @@ class Encoder(nn.Module):
         """
         cls = self.cls_token + self.pos_embed[:, :1]
         x = torch.cat([cls.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens], dim=1)
-        last = len(self.blocks) - 1
-        for i, block in enumerate(self.blocks):
-            bias = self.bias(block, (self.side, self.side)) if self.relative else None
-            x = run_block(block, x, None if drop is None else drop[i], keep if i == last else None, bias)
-        return self.norm(x)  # type: ignore[no-any-return]
+        last, grid = len(self.blocks) - 1, (self.side, self.side)
+        factors = [
+            (
+                None if drop is None else drop[i],
+                keep if i == last else None,
+                self.bias(block, grid) if self.relative else None,
+            )
+            for i, block in enumerate(self.blocks)
+        ]
+        return self.norm(run_blocks(self.blocks, x, factors, self.checkpointing))  # type: ignore[no-any-return]
 
     def bias(self, block: nn.Module, grid: tuple[int, int], cls: bool = True) -> Tensor:
         """A block's relative position bias (heads, N, N) for a grid of patches."""

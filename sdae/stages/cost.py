@@ -20,10 +20,11 @@ from sdae.models.flops import per_image
 from sdae.models.linear import plain
 from sdae.sections import Method
 from sdae.stages.pretrain import build
-from sdae.stages.session import Session, drop_factors, uniform
-from sdae.training import telemetry
+from sdae.stages.session import Session, masking
+from sdae.training import attention, telemetry
 from sdae.training.loop import autocast
 from sdae.training.optimizers import adamw
+from sdae.training.parallel import begins_step, compiled, set_checkpointing
 
 
 def run(config: CostRun, session: Session) -> dict[str, Any]:
@@ -72,6 +73,9 @@ def measured(config: CostRun, method: Method, session: Session) -> tuple[Bench, 
     before = telemetry.peak_memory(device)
     bench = Bench(config, method, session)
     bench.repeat()
+    if device.type == "cuda":  # what compiling took aside is not the step's
+        telemetry.reset_peak_memory(device)
+        bench.repeat()
     after = telemetry.peak_memory(device)
     return bench, None if before is None or after is None else max(after - before, 0)
 
@@ -93,8 +97,11 @@ class Bench:
         size, channels = config.data.image_size, config.model.channels
         generator = torch.Generator().manual_seed(0)
         self.images = torch.randn(config.cost.batch_size, channels, size, size, generator=generator).to(self.device)
-        compile_it = config.efficiency.compile and self.device.type == "cuda"
-        self.model = torch.compile(self.module) if compile_it else self.module
+        self.masking = masking(config, self.device)
+        set_checkpointing(self.module, config.efficiency.checkpointing)
+        self.model = compiled(self.module, config.efficiency, self.device)
+        mine = config.model_copy(update={"method": pretrain.method})
+        self.kernel = attention.fastest(mine, config.cost.batch_size, session.world)
 
     def repeat(self) -> float:
         """Seconds that `cost.steps` training steps take, the teacher's update included."""
@@ -106,24 +113,25 @@ class Bench:
         return time.perf_counter() - began
 
     def train_step(self) -> None:
-        batch, model = len(self.images), self.config.model
-        noise = uniform((batch, self.config.tokens), 0, self.step).to(self.device, non_blocking=True)
-        drop = drop_factors(model.drop_path, model.depth or 0, 0, self.step, 0, batch, batch, self.device)
+        batch = len(self.images)
+        noise, drop = self.masking.at(self.step, 0, batch, batch)
         self.step += 1
         self.optimizer.zero_grad(set_to_none=True)
-        with autocast(self.config.precision, self.device):
+        begins_step(self.config)
+        with attention.using(self.kernel), autocast(self.config.precision, self.device):
             output = self.model(self.images, noise, drop)
-        output.loss.backward()
+            output.loss.backward()
         self.optimizer.step()
 
     def count_flop(self) -> float:
         """FLOP of one step of the batch as torch's counter sees them."""
         from torch.utils.flop_counter import FlopCounterMode
 
-        model, self.model = self.model, self.module  # the counter knows eager products only
+        model, kernel = self.model, self.kernel
+        self.model, self.kernel = self.module, None  # the counter knows eager products only
         with plain(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             self.train_step()
-        self.model = model
+        self.model, self.kernel = model, kernel
         return float(counter.get_total_flops())
 
 

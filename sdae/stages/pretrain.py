@@ -16,10 +16,12 @@ from sdae.methods.mae import MAE
 from sdae.methods.sdae import Output, SdAE
 from sdae.models.encoder import Encoder, patchify
 from sdae.models.flops import per_image
-from sdae.stages.session import INIT, NOISE, Session, drop_factors, loader, seed_of, uniform
+from sdae.stages.session import INIT, Session, loader, masking, seed_of
 from sdae.training import checkpoints, telemetry
 from sdae.training.loop import fit
 from sdae.training.optimizers import adamw, ema_momentum
+from sdae.training.parallel import gathered, refuse, shard
+from sdae.training.sharding import whole_state
 from sdae.weights import epoch_file
 
 SAVED_ENCODERS = 15
@@ -63,6 +65,10 @@ class PretrainTask:
         self.config, self.session = config, session
         self.device = session.world.device
         self.module: nn.Module = build(config).to(self.device)
+        refuse(config, session.world)
+        if config.efficiency.fsdp and session.world.size > 1:
+            shard(self.module, config, session.world)
+        self.masking = masking(config, self.device)
         optim = config.optim
         self.optimizer: torch.optim.Optimizer = adamw(
             self.method.student, optim.base_lr, optim.weight_decay, optim.betas
@@ -80,12 +86,7 @@ class PretrainTask:
         return ema_momentum(epoch, start=ema.momentum, end=ema.momentum_end, epochs=self.config.optim.epochs)
 
     def inputs(self, batch: Batch, step: int, first: int, total: int) -> tuple[Any, ...]:
-        config, count = self.config, len(batch.labels)
-        noise = uniform((total, config.tokens), config.seed, NOISE, step)[first : first + count]
-        drop = drop_factors(
-            config.model.drop_path, config.model.depth or 0, config.seed, step, first, count, total, self.device
-        )
-        return batch.images, noise.to(self.device, non_blocking=True), drop
+        return batch.images, *self.masking.at(step, first, len(batch.labels), total)
 
     def part(self, inputs: tuple[Any, ...], start: int, stop: int) -> tuple[Any, ...]:
         images, noise, drop = inputs
@@ -101,8 +102,10 @@ class PretrainTask:
             if self.config.method.ema.every == "epoch":  # type: ignore[union-attr]
                 self.method.update_teacher(self.momentum(epoch - 1))
             out["momentum"] = self.momentum(epoch - 1)
-        if epoch in self.kept and self.session.world.first:
+        if epoch in self.kept:
             for which, state in self.encoders().items():
+                if not self.session.world.first:
+                    continue
                 metadata = {
                     "run": self.session.folder.id,
                     "weights": which,
@@ -112,7 +115,8 @@ class PretrainTask:
                 checkpoints.save_weights(self.session.folder.checkpoints / epoch_file(which, epoch), state, metadata)
         every = self.config.probe.knn_every
         if every and (epoch % every == 0 or epoch == self.config.optim.epochs):
-            out["knn_top1"] = knn_top1(self.method.student, self.config, self.session)
+            with gathered(self.module):
+                out["knn_top1"] = knn_top1(self.method.student, self.config, self.session)
         return out
 
     def watch(self, output: Output) -> dict[str, float]:
@@ -122,18 +126,19 @@ class PretrainTask:
 
     def encoders(self) -> dict[str, dict[str, Tensor]]:
         method = self.method
-        out = {"student": method.student.encoder_state()}
+        out = {"student": whole_state(method.student.encoder_state())}
         if isinstance(method, SdAE):
-            out["teacher"] = method.teacher.state_dict()
+            out["teacher"] = whole_state(method.teacher.state_dict())
         return out
 
     def finish(self) -> dict[str, str]:
         """Keeps the final weights, decoder and teacher included, and drops the state that only a resume needs."""
         folder = self.session.folder
+        state = whole_state(self.module.state_dict())
         if not self.session.world.first:
             return {}
         checkpoints.save_weights(
-            folder.checkpoints / "model.safetensors", self.module.state_dict(), {"run": folder.id, "stage": "pretrain"}
+            folder.checkpoints / "model.safetensors", state, {"run": folder.id, "stage": "pretrain"}
         )
         files = sorted(
             p for p in folder.checkpoints.glob("*.safetensors") if not p.name.startswith(("state-", "nonfinite-"))

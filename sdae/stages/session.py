@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from sdae.config import Finetune, Linprobe, Pretrain
+from sdae.config import CostRun, Finetune, Linprobe, Pretrain
 from sdae.data import Dataset, Loader
 from sdae.data.randomness import hashed
 from sdae.models.encoder import drop_path_rates
@@ -44,11 +45,64 @@ def drop_factors(
     rate: float, depth: int, seed: int, step: int, first: int, count: int, total: int, device: torch.device
 ) -> Tensor | None:
     """Stochastic-depth factors (depth, 2, count), 0 or 1 / (1 - p), of pictures first .. of a batch of `total`."""
+    factors = drawn_factors(rate, depth, seed, step, first, count, total)
+    return None if factors is None else sent(pinned(factors, device), device)
+
+
+def drawn_factors(rate: float, depth: int, seed: int, step: int, first: int, count: int, total: int) -> Tensor | None:
+    """`drop_factors`, on the CPU."""
     if rate == 0:
         return None
     keep = 1 - torch.tensor(drop_path_rates(rate, depth))[:, None, None]
     draws = uniform((depth, 2, total), seed, DROP, step)[:, :, first : first + count]
-    return ((draws < keep).float() / keep).to(device, non_blocking=True)
+    return (draws < keep).float() / keep
+
+
+def pinned(tensor: Tensor, device: torch.device) -> Tensor:
+    """In memory that a GPU copies from by itself; for a CPU as it is."""
+    return tensor.pin_memory() if device.type == "cuda" else tensor
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """On the device; nobody waits for the copy where the tensor is pinned."""
+    return tensor.to(device, non_blocking=True)
+
+
+Draws = tuple[Tensor, Tensor | None]  # mask noise (count, L) and stochastic-depth factors (depth, 2, count)
+
+
+class Masking:
+    """The draws of a pre-training step. For a GPU they are made one step ahead, by a thread, so that it never waits.
+
+    They are functions of (seed, step) alone, so whoever asks gets the same ones, in whatever order.
+    """
+
+    def __init__(self, seed: int, tokens: int, drop_path: float, depth: int, device: torch.device, ahead: bool):
+        self.seed, self.tokens, self.drop_path, self.depth, self.device = seed, tokens, drop_path, depth, device
+        self._thread = ThreadPoolExecutor(1, "draws") if ahead else None
+        self._coming: tuple[tuple[int, ...], Future[Draws]] | None = None
+
+    def at(self, step: int, first: int, count: int, total: int) -> Draws:
+        """On the device, for pictures first .. first + count of a batch of `total`."""
+        asked = (step, first, count, total)
+        if self._coming is not None and self._coming[0] == asked:
+            noise, factors = self._coming[1].result()
+        else:
+            noise, factors = self._draw(*asked)
+        if self._thread is not None:
+            following = (step + 1, first, count, total)
+            self._coming = following, self._thread.submit(self._draw, *following)
+        return sent(noise, self.device), None if factors is None else sent(factors, self.device)
+
+    def _draw(self, step: int, first: int, count: int, total: int) -> Draws:
+        noise = uniform((total, self.tokens), self.seed, NOISE, step)[first : first + count]
+        factors = drawn_factors(self.drop_path, self.depth, self.seed, step, first, count, total)
+        return pinned(noise, self.device), None if factors is None else pinned(factors, self.device)
+
+
+def masking(config: Pretrain | CostRun, device: torch.device) -> Masking:
+    model = config.model
+    return Masking(config.seed, config.tokens, model.drop_path, model.depth or 0, device, device.type == "cuda")
 
 
 def loader(

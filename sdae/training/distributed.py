@@ -1,4 +1,4 @@
-"""Ranks: one process by itself, under torchrun, or under srun; gloo on CPU, NCCL on GPU."""
+"""Ranks: one process by itself, under torchrun, or under srun; gloo for tensors on the CPU, NCCL on GPUs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class World:
         """True where it is true on some rank; ranks must call it together."""
         if self.size == 1:
             return flag
-        value = torch.tensor(float(flag), device=self.device)
+        value = torch.tensor(float(flag))  # on the CPU, through gloo: nobody waits for a GPU
         dist.all_reduce(value, dist.ReduceOp.MAX)
         return bool(value)
 
@@ -52,6 +52,13 @@ class World:
             dist.all_gather_object(everywhere, found[0])
             found = everywhere
         return sorted({name for part in found for name in part})
+
+    def told(self, text: str | None) -> str | None:
+        """What the first rank says; ranks must call it together."""
+        said = [text]
+        if self.size > 1:
+            dist.broadcast_object_list(said, device=torch.device("cpu"))
+        return said[0]
 
     def wait(self) -> None:
         if self.size > 1:
@@ -77,7 +84,7 @@ def start(efficiency: Efficiency) -> World:
     else:
         device = torch.device("cpu")
     if size > 1 and not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, rank=rank, world_size=size)
     return World(rank, size, device)
 

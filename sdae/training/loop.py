@@ -10,23 +10,29 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from inspect import signature
 from types import FrameType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from sdae.config import Detect, Finetune, Linprobe, Pretrain, Segment, run_id
+from sdae.config import run_id
 from sdae.data import Batch, Loader
 from sdae.errors import Interrupted, RunFailed
 from sdae.store import RunFolder
-from sdae.training import checkpoints, telemetry
+from sdae.training import attention, checkpoints, telemetry
 from sdae.training.distributed import World
 from sdae.training.optimizers import schedule
-
-Trained = Pretrain | Finetune | Linprobe | Segment | Detect
+from sdae.training.parallel import (
+    Trained,
+    begins_step,
+    exchanges_bf16,
+    is_sharded,
+    round_to_bf16,
+    synchronized,
+    wrapped,
+)
+from sdae.training.sharding import like, whole, whole_state
 
 
 class Task(Protocol):
@@ -66,8 +72,11 @@ def fit(
     micro = min(efficiency.micro_batch or local, local)
 
     sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss x steps, steps: since the last row
-    step = resume(task, run, world, sums)
-    model = compiled(task.module, config, world)
+    step, metadata = resume(task, run, world, sums)
+    model = wrapped(task.module, config, world)
+    kernel = attention.kept(config, metadata, device) or attention.fastest(config, micro, world)
+    pulse.status["attention"] = kernel or efficiency.attention
+    rounds = exchanges_bf16(config) and world.size == 1
     meter = telemetry.Meter(device, task.gflop_per_image, telemetry.peak_flops(device.type, config.precision))
     guard, saved = LossGuard(world), time.monotonic()
     board = telemetry.Board(run, efficiency.tensorboard and world.first)
@@ -85,13 +94,20 @@ def fit(
             loss = torch.zeros((), device=device)
             output: Any = None
             task.optimizer.zero_grad(set_to_none=True)
+            begins_step(config)
             for start in range(0, local, micro):
                 end = min(start + micro, local)
-                with synchronized(model, last=end == local), autocast(config.precision, device):
+                with (
+                    synchronized(model, last=end == local),
+                    attention.using(kernel),
+                    autocast(config.precision, device),
+                ):
                     output = model(*task.part(inputs, start, end))
                     share = (end - start) / local
                     (output[0] * share).backward()
                 loss += output[0].detach() * share
+            if rounds:
+                round_to_bf16(task.module)
             if optim.clip is not None:
                 nn.utils.clip_grad_norm_(task.module.parameters(), optim.clip)
             guard.note(loss, step)
@@ -130,7 +146,7 @@ def fit(
             )
             if (halt or overdue) and step < steps:
                 guard.check(task, config, run, loader)
-                save(task, run, step, sums, world)
+                save(task, run, step, sums, world, kernel)
                 saved = time.monotonic()
             if halt and step < steps:
                 raise Interrupted(
@@ -141,10 +157,10 @@ def fit(
                 break
 
 
-def resume(task: Task, run: RunFolder, world: World, sums: Tensor) -> int:
-    """Loads the latest whole state, if any; returns the number of steps already taken."""
+def resume(task: Task, run: RunFolder, world: World, sums: Tensor) -> tuple[int, dict[str, Any]]:
+    """Loads the latest whole state, if any; returns the number of steps already taken and the state's metadata."""
     state = checkpoints.load_state(run.checkpoints)
-    step = 0
+    step, metadata = 0, dict[str, Any]()
     if state is not None:
         tensors, metadata = state
         step = int(metadata["step"])
@@ -156,36 +172,40 @@ def resume(task: Task, run: RunFolder, world: World, sums: Tensor) -> int:
     if world.first:
         run.truncate_metrics(step)
     world.wait()
-    return step
+    return step, metadata
 
 
 def task_state(task: Task) -> dict[str, Tensor]:
-    """Weights and optimizer state as one flat mapping of tensors."""
-    state = {f"model.{name}": tensor for name, tensor in task.module.state_dict().items()}
+    """Weights and optimizer state as one flat mapping of whole tensors; ranks that share them must ask together."""
+    state = {f"model.{name}": tensor for name, tensor in whole_state(task.module.state_dict()).items()}
     names = {id(p): name for name, p in task.module.named_parameters()}
     for parameter, values in task.optimizer.state.items():
         for key, value in values.items():
             if value is not None:
-                state[f"optimizer.{names[id(parameter)]}|{key}"] = torch.as_tensor(value)
+                state[f"optimizer.{names[id(parameter)]}|{key}"] = torch.as_tensor(whole(value))
     return state
 
 
 def load_task(task: Task, tensors: dict[str, Tensor]) -> None:
     weights = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+    if is_sharded(task.module):
+        weights = {name: like(weights[name], part) for name, part in task.module.state_dict().items()}
     task.module.load_state_dict(weights)
     parameters = dict(task.module.named_parameters())
     for key, value in tensors.items():
         if key.startswith("optimizer."):
             name, _, field = key.removeprefix("optimizer.").rpartition("|")
             parameter = parameters[name]
-            task.optimizer.state[parameter][field] = value.to(parameter.device, copy=True)
+            task.optimizer.state[parameter][field] = like(value, parameter)
 
 
-def save(task: Task, run: RunFolder, step: int, sums: Tensor, world: World) -> None:
+def save(task: Task, run: RunFolder, step: int, sums: Tensor, world: World, kernel: str | None) -> None:
     total = world.sum(sums.clone())
-    if world.first:
+    if world.first or is_sharded(task.module):
         state = task_state(task) | {"loop.sums": torch.stack([total[0], sums[1]])}
-        checkpoints.save_state(run.checkpoints, step, state, {"id": run.id})
+    if world.first:
+        metadata = {"id": run.id, **attention.remembered(kernel, world.device)}
+        checkpoints.save_state(run.checkpoints, step, state, metadata)
     world.wait()
 
 
@@ -213,8 +233,9 @@ class LossGuard:
         if step == self.NEVER:
             return
         name = f"nonfinite-{step:08d}.safetensors"
+        state = task_state(task) if self.world.first or is_sharded(task.module) else {}
         if self.world.first:
-            checkpoints.save_weights(run.checkpoints / name, task_state(task), {"id": run.id, "step": step})
+            checkpoints.save_weights(run.checkpoints / name, state, {"id": run.id, "step": step})
         epoch, within = divmod(step, loader.steps_per_epoch)
         pictures = next(replace(loader.order, rank=0, world=1).parts(epoch, within)).tolist()
         listed = ", ".join(map(str, pictures[:16])) + (", .." if len(pictures) > 16 else "")
@@ -222,25 +243,6 @@ class LossGuard:
             f"non-finite loss at step {step} ({config.stage} {run_id(config)}); the batch's pictures: {listed}; "
             f"state kept in checkpoints/{name}"
         )
-
-
-def compiled(module: nn.Module, config: Trained, world: World) -> nn.Module:
-    """The module as the loop calls it: compiled where asked and worth it, wrapped for several ranks."""
-    model = module
-    if config.efficiency.compile and world.device.type == "cuda":
-        model = torch.compile(model)  # type: ignore[assignment]
-    if world.size > 1:
-        renamed = "forward_sync_buffers" in signature(DistributedDataParallel).parameters  # torch 2.14
-        own_buffers = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
-        model = DistributedDataParallel(model, **own_buffers)  # type: ignore[arg-type]
-    return model
-
-
-def synchronized(model: nn.Module, last: bool) -> contextlib.AbstractContextManager[None]:
-    """Gradients are exchanged with the last micro-batch only."""
-    if isinstance(model, DistributedDataParallel) and not last:
-        return model.no_sync()  # type: ignore[no-any-return]
-    return contextlib.nullcontext()
 
 
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
