@@ -421,3 +421,23 @@ def test_real_pictures(tiny_imagenet: Path) -> None:
     difference = (batch.images - other.images).abs() * 0.225 * 255  # two ways to the same crops
     assert difference.mean() < 0.5
     assert (difference > 3).float().mean() < 5e-3  # theirs rounds and clips between the two passes
+
+
+def test_an_error_ends_the_program_though_workers_read_ahead(tmp_path: Path) -> None:
+    """They do not heed SIGTERM, with which Python ends its children."""
+    program = f"""
+from pathlib import Path
+from sdae.data import Loader, open_dataset
+from sdae.data.feed import make_pictures
+from sdae.sections import Data
+def main():
+    folder = make_pictures(Path({str(tmp_path)!r}), 16, (64, 48))
+    data = Data(name="imagefolder", path=str(folder), image_size=32)
+    loader = Loader(open_dataset(data, "train"), data, seed=0, batch_size=4, train=True, workers=2)
+    for batch in loader.epoch(0):
+        raise RuntimeError("in the middle of an epoch")
+main()
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 1
+    assert "in the middle of an epoch" in ended.stderr

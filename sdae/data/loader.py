@@ -6,7 +6,9 @@ batch or the step at which an interrupted run goes on. So there is no state to s
 
 from __future__ import annotations
 
+import atexit
 import signal
+import weakref
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -106,13 +108,15 @@ class Loader:
         self._reader = self._make_reader(dataset, workers) if isinstance(dataset, Files) else None
 
     def _make_reader(self, dataset: Files, workers: int) -> DataLoader[Any]:
-        return DataLoader(
+        reader: DataLoader[Any] = DataLoader(
             _Reader(dataset, self.data, self.seed, self.train),  # type: ignore[arg-type]
             batch_sampler=self.order,  # type: ignore[arg-type]
             num_workers=workers, collate_fn=_collate, persistent_workers=workers > 0,
             prefetch_factor=4 if workers else None, worker_init_fn=_deaf, pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # its own, else torch's global one is drawn from
         )  # fmt: skip
+        _readers.add(reader)
+        return reader
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from `first_step` on. Raises `BrokenInput` for a broken picture (on_error: raise)."""
@@ -204,6 +208,20 @@ def _deaf(_worker: int) -> None:
     """Slurm signals every process of a job step; only the one that trains is to heed it (and it ends its workers)."""
     for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+
+
+_readers: weakref.WeakSet[DataLoader[Any]] = weakref.WeakSet()
+
+
+def _end_workers() -> None:
+    """Where an error ends the program, frames keep the readers alive; Python would ask their deaf workers to end, and
+    wait for ever."""
+    for reader in list(_readers):
+        if (iterator := getattr(reader, "_iterator", None)) is not None:
+            iterator._shutdown_workers()
+
+
+atexit.register(_end_workers)  # after torch's and multiprocessing's: the last one registered runs first
 
 
 class _Reader:
