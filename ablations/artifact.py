@@ -16,6 +16,7 @@ replaced by the grid's value: alone it is the value itself, inside a text its sp
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -29,6 +30,8 @@ from ablations.scale import HERE, PAPER_TOKENS, Scale, load_scale, recipes, scal
 from sdae.errors import UserError
 from sdae.yamls import explain, read_yaml
 
+NAME = r"[\w.+-]+"  # of rows and columns: they are written into pages, file names and comments
+MOST_ROWS = 10_000
 Scalar = str | int | float | bool | None
 
 
@@ -82,7 +85,7 @@ class Artifact:
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ColumnFile(_Strict):
@@ -150,11 +153,15 @@ def load_artifact(name_or_path: str | Path, scale: str | Path | Scale = "paper")
         name, file.kind, file.title, [], [], {}, list(file.notes), {}, path=str(path), claims=file.claims
     )
     for key, column in file.columns.items():
+        if not re.fullmatch(NAME, key):
+            raise UserError(f"{path}: columns: {key!r}: a column's name may have letters, digits and . + - _")
         if (column.run is None) != (column.metric is None):
             raise UserError(f"{path}: columns.{key}: run and metric go together")
         better = column.better == "higher"
         artifact.columns.append(Column(key, column.label or key, column.unit, column.decimals, better))
     for template, row in file.rows.items():
+        if (count := math.prod(map(len, row.grid.values()))) > MOST_ROWS:
+            raise UserError(f"{path}: rows.{template}: its grid has {count:,} rows (allowed: {MOST_ROWS:,})")
         for combination in itertools.product(*row.grid.values()):
             _add_row(artifact, file, template, row, dict(zip(row.grid, combination, strict=True)))
     artifact.notes += _scale_notes(artifact, scale)
@@ -185,7 +192,7 @@ def _scale_notes(artifact: Artifact, scale: Scale) -> list[str]:
         if factor != 1 and "pretrain" in stages:
             note += f"; an EMA momentum m per epoch is m^{1 / factor:g}, per iteration m^(steps in the paper / here)"
         notes.append(f"{note}.")
-    views = [((spec.get("method") or {}).get("teacher") or {}) for spec in specs]
+    views = [_below(_below(spec, "method"), "teacher") for spec in specs]
     crops = sorted({v["tokens"] for v in views if v.get("view") == "crop" and isinstance(v.get("tokens"), int)})
     if crops and scale.tokens != PAPER_TOKENS:
         here = ", ".join(f"{n}: {(2 * n * scale.tokens + PAPER_TOKENS) // (2 * PAPER_TOKENS)}" for n in crops)
@@ -193,10 +200,15 @@ def _scale_notes(artifact: Artifact, scale: Scale) -> list[str]:
     return notes
 
 
+def _below(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    found = values.get(key)
+    return found if isinstance(found, Mapping) else {}
+
+
 def _add_row(artifact: Artifact, file: ArtifactFile, template: str, row: RowFile, values: dict[str, Scalar]) -> None:
     where = f"{artifact.path}: rows.{template}"
     name = str(_fill(template, values, where, whole=False))
-    if not re.fullmatch(r"[\w.+-]+", name):
+    if not re.fullmatch(NAME, name):
         raise UserError(f"{where}: {name!r}: a row's name may have letters, digits and . + - _")
     if any(name == other.name for other in artifact.rows):
         raise UserError(f"{where}: two rows are named {name!r} (does the name hold every key of the grid?)")

@@ -47,7 +47,7 @@ class Scale(BaseModel):
     """`scales/NAME.yaml` or a file of the user's. `recipes`: by name, the keys that this scale puts over a recipe."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    name: str
+    name: Annotated[str, Field(pattern=r"^[\w.+ -]+$")]
     description: str = ""
     data: dict[str, Any]
     model: dict[str, Any] = {}
@@ -125,6 +125,8 @@ def load_scale(name: str | Path | Scale) -> Scale:
             if error.title == candidate.__name__:
                 owner, prefix = candidate, f"{candidate.__name__.lower()}."
         raise UserError(f"{path}: {prefix}{explain(error, owner)}") from None
+    except UserError as error:  # an unknown arch
+        raise UserError(f"{path}: {error}") from None
     _check(scale, path)
     return scale
 

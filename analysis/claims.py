@@ -284,6 +284,8 @@ def _contrasts(file: ClaimFile, names: Collection[str]) -> Iterator[Contrast]:
         of = _matching(file.of, entry, names)
         than = _matching(file.than, entry, names, without=of)
         for a, b in itertools.pairwise(of) if file.kind == "monotone" else itertools.product(of, than):
+            if a == b:
+                raise UserError(f"{a}: is compared with itself")
             allowed = _IMPLIED.get(file.kind) or target(file.value)
             yield Contrast({a: one}, allowed, over=b) if file.kind == "ratio" else Contrast({a: one, b: -one}, allowed)
             if file.kind == "sensitive":

@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatch
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, TypeVar
 
 import matplotlib
 import numpy as np
@@ -34,6 +34,7 @@ LABELS = {
     "images_per_s": "pictures per second", "mfu": "model FLOPs utilization", "top1": "top-1 after fine-tuning (%)",
 }  # fmt: skip
 P = ParamSpec("P")
+R = TypeVar("R")
 COLUMNS = ["id", "arm", "label", "seed", "synthetic", "step", "epoch", "key", "value"]
 FACTS = {  # of a run's row in the frame, named in a label where the drawn runs differ in them
     "epochs": "{:.0f} epochs", "mask_ratio": "mask ratio {:g}", "similarity": "similarity over {}",
@@ -50,11 +51,11 @@ def attempt(make: Callable[[], Any]) -> Any:
         return None
 
 
-def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
-    """Draws in the style of `analysis.figures`."""
+def styled(draw: Callable[P, R]) -> Callable[P, R]:
+    """Draws, or writes what is drawn, in the style of `analysis.figures`."""
 
     @functools.wraps(draw)
-    def inner(*args: P.args, **kwargs: P.kwargs) -> Figure:
+    def inner(*args: P.args, **kwargs: P.kwargs) -> R:
         with matplotlib.rc_context():
             matplotlib.rcParams.update(STYLE | {"figure.dpi": 110})
             return draw(*args, **kwargs)

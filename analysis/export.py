@@ -10,7 +10,7 @@ from typing import Any
 from analysis.frame import collect
 from sdae.config import dump
 from sdae.errors import UserError
-from sdae.store import RunFolder, Store, write_atomically
+from sdae.store import RunFolder, Store, make_folder, write_atomically
 
 SUFFIXES = (".csv", ".parquet", ".json")
 
@@ -31,10 +31,7 @@ def export(store: Store, out: Path) -> int:
         frame.to_csv(buffer, index=False, date_format="%Y-%m-%dT%H:%M:%S.%f+00:00")
     else:
         frame.to_json(buffer, orient="records", date_format="iso", indent=1)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error.strerror or error}") from None
+    make_folder(out.parent)
     write_atomically(out, buffer.getvalue())
     return len(frame)
 
@@ -66,7 +63,7 @@ def compare(store: Store, first: str, second: str) -> dict[str, Any]:
     """
     runs = [store.find(first), store.find(second)]
     a, b = (dict(flat(_config(run) or {})) for run in runs)
-    left, right = ((run.result() or {}).get("metrics") or {} for run in runs)
+    left, right = (found if isinstance(found := (run.result() or {}).get("metrics"), dict) else {} for run in runs)
     metrics: dict[str, list[Any]] = {}
     for key in dict.fromkeys([*left, *right]):
         before, after = left.get(key), right.get(key)

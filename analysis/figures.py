@@ -23,7 +23,7 @@ from analysis.render import name_of, paper_text
 from analysis.study import build
 from analysis.table import Table, TableCell, TableRow
 from sdae.errors import UserError
-from sdae.store import Store, write_atomically
+from sdae.store import Store, make_folder, write_atomically
 
 FORMATS: dict[str, dict[str, Any]] = {
     "png": {"Software": None}, "svg": {"Date": None, "Creator": None},
@@ -38,6 +38,7 @@ MARKERS, LINES = (
 STYLE = {
     "font.family": "DejaVu Sans", "font.size": 8, "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "grid.color": "0.9", "axes.axisbelow": True, "legend.frameon": False, "lines.markersize": 5,
+    "text.parse_math": False,  # dollars in a user's label are text
     "errorbar.capsize": 2.5, "pdf.fonttype": 42, "svg.fonttype": "path", "svg.hashsalt": "sdae", "savefig.dpi": 200,
     "savefig.bbox": "tight", "savefig.pad_inches": 0.1,
 }  # fmt: skip
@@ -78,10 +79,7 @@ def draw(
 
 def save(tables: Sequence[Table], out: Path, stem: str, formats: Iterable[str] = FORMATS) -> list[Path]:
     """Writes OUT/STEM.png, .svg and .pdf, or those of them that are asked for."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error.strerror or error}") from None
+    make_folder(out)
     paths = []
     for suffix, content in drawn(tables, formats).items():
         paths.append(out / f"{stem}.{suffix}")

@@ -30,11 +30,11 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-import yaml
 
 from sdae.config import NEUTRAL, NOT_SCIENCE
 from sdae.errors import UserError
 from sdae.store import FORMAT, MARK, Store, read_json, write_atomically
+from sdae.yamls import read_own
 
 TEXT, WHOLE, TRUTH, NUMBER, TIME = pa.string(), pa.int64(), pa.bool_(), pa.float64(), pa.timestamp("us", "UTC")
 
@@ -121,8 +121,7 @@ _MIXED = {
 def collect(store: Store) -> pd.DataFrame:
     """Every run of the store, sorted by id, in the columns of this module's docstring. Reads only what has changed."""
     folders = {i: stamp for i in store.ids() if (stamp := _stamp(f"{store.root}/{i}"))}
-    synthetic = store.synthetic
-    version = f"{_VERSION} synthetic" if synthetic else _VERSION  # the mark decides which results count
+    synthetic, version = store.synthetic, _version(store)
     index = _load(store.root / INDEX, version)
     known = dict(zip(index["id"].to_pylist(), index["stamp"].to_pylist(), strict=True)) if index is not None else {}
     changed = [i for i, stamp in folders.items() if known.get(i) != stamp]
@@ -137,6 +136,24 @@ def collect(store: Store) -> pd.DataFrame:
                 gc.enable()
         _save(store.root, index)
     return _frame(store, index)
+
+
+def examine(store: Store) -> tuple[pd.DataFrame, str | None]:
+    """The frame, every folder read anew and nothing written, and what is wrong with the index, if anything."""
+    version = _version(store)
+    stamps = {i: stamp for i in store.ids() if (stamp := _stamp(f"{store.root}/{i}"))}
+    rows = [_read(store, i, stamp, store.synthetic) for i, stamp in stamps.items()]
+    fresh, path = _merge(None, rows, set(), version), store.root / INDEX
+    index, problem = _load(path, version), None
+    if index is None:
+        problem = "cannot be read, or is of another version" if path.exists() else None
+    else:
+        known = dict(zip(index["id"].to_pylist(), index["stamp"].to_pylist(), strict=True))
+        if behind := len(dict(known.items() ^ stamps.items())):
+            problem = f"is older than the runs: {behind} came, went or changed since"
+        elif not index.select(list(_TYPES)).equals(fresh.select(list(_TYPES))):
+            problem = "does not say what the runs say"
+    return _frame(store, fresh), problem
 
 
 def config_hash(config: dict[str, Any]) -> tuple[str, str]:
@@ -172,7 +189,7 @@ def config_hash(config: dict[str, Any]) -> tuple[str, str]:
 @functools.lru_cache(maxsize=4096)
 def _own(config: bytes) -> tuple[str, str]:
     """The canonical text of a config without seed and parent, and its hash. Most of a store's runs share theirs."""
-    text = _canonical(marshal.loads(config))
+    text = _canonical(marshal.loads(config))  # nosec B302: made one line above
     return text, _digest(text)
 
 
@@ -214,7 +231,7 @@ def _read(store: Store, identity: str, stamp: int, synthetic: bool) -> dict[str,
             result = json.loads(file.read())
     except FileNotFoundError:
         return _unfinished(folder, row)
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return _torn(row, "result.json cannot be read")
     if not isinstance(result, dict) or not isinstance(result.get("metrics"), dict):
         return _torn(row, "result.json holds no metrics")
@@ -260,12 +277,7 @@ def _unfinished(folder: str, row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _config_file(folder: str) -> dict[str, Any] | None:
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml where there is one: ten times faster
-    try:
-        with open(folder + "/config.yaml", "rb") as file:
-            config = yaml.load(file, Loader=loader)
-    except (OSError, yaml.YAMLError):
-        return None
+    config = read_own(folder + "/config.yaml")
     return config if isinstance(config, dict) else None
 
 
@@ -327,6 +339,10 @@ def _instant(value: Any) -> int | None:
 
 
 # The index
+def _version(store: Store) -> str:
+    return f"{_VERSION} synthetic" if store.synthetic else _VERSION  # the mark decides which results count
+
+
 def _merge(index: pa.Table | None, rows: list[dict[str, Any]], kept: set[str], version: str) -> pa.Table:
     """The old rows that still hold and the new ones, by id, as one table."""
     further = sorted({k for row in rows for k, v in row["metrics"].items() if k not in _TYPES and _is_number(v)})
@@ -360,11 +376,21 @@ def _checked(value: Any, kind: pa.DataType) -> Any:
 
 
 def _load(path: Path, version: str) -> pa.Table | None:
+    """The index where it is whole and of this version; else None, and it is made anew."""
     try:
-        table = pq.read_table(io.BytesIO(path.read_bytes()), use_threads=False)
-    except (OSError, pa.ArrowException):
+        content = path.read_bytes()
+        file = pq.ParquetFile(io.BytesIO(content))
+        if (file.schema_arrow.metadata or {}).get(b"sdae") != version.encode():
+            return None
+        if file.metadata.num_rows * 8 > len(content):  # an id alone takes more, however it is packed
+            return None
+        table = file.read(use_threads=False)
+        table.validate(full=True)
+        kinds = dict.fromkeys(table.schema.names, NUMBER) | _TYPES
+        whole = all(table.schema.field(name).type == kind for name, kind in kinds.items())
+        return table if whole and not table["id"].null_count + table["stamp"].null_count else None
+    except Exception:  # whatever a damaged file leads pyarrow to: nothing is lost with it
         return None
-    return table if (table.schema.metadata or {}).get(b"sdae") == version.encode() else None
 
 
 def _save(root: Path, table: pa.Table) -> None:

@@ -14,8 +14,7 @@ from analysis.report import report
 from analysis.study import study
 from analysis.verdicts import judge_study
 from analysis.verdicts import render as render_claims
-from sdae.errors import UserError
-from sdae.store import Store, write_atomically
+from sdae.store import Store, make_folder, write_atomically
 
 SUFFIXES = {"md": "md", "latex": "tex", "html": "html", "csv": "csv", "json": "json"}
 
@@ -32,10 +31,7 @@ def publish(
 
     and OUT/README.md; returns their paths.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error.strerror or error}") from None
+    make_folder(out)
     sources = [artifact.name if artifact.name in available() else artifact.path for artifact in artifacts]
     found = study(store, sources, scale, seeds)
     verdicts = judge_study(found)

@@ -105,7 +105,7 @@ def _sweep(
     cells: Collection[str] | None,
 ) -> Sweep:
     """The plan that the store's runs belong to. The pictures need not be here: their fingerprint is in the runs."""
-    counts = _contents(here)
+    counts = contents(here)
     certain = {key: next(iter(values)) for key, values in counts.items() if len(values) == 1}
     sweep = plan(artifacts, scale, seeds, content=certain, cells=cells)
     unsure = {key: values for key, values in counts.items() if len(values) > 1}
@@ -121,7 +121,7 @@ def _sweep(
     return sweep
 
 
-def _contents(here: pd.DataFrame) -> dict[str, dict[str, int]]:
+def contents(here: pd.DataFrame) -> dict[str, dict[str, int]]:
     """By `content_key`: which fingerprints and digests the runs have, and how many of them, the most frequent first."""
     pictures = here.loc[here["fingerprint"].notna().to_numpy(bool), ["stage", "dataset", "fingerprint"]]
     weights = here.loc[here["digest"].notna().to_numpy(bool), ["weights", "digest"]]

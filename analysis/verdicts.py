@@ -6,6 +6,7 @@ import csv
 import io
 import itertools
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -169,7 +170,8 @@ def render(entries: Sequence[Mapping[str, Any]], study: Study, format: str = "md
     ]
     for entry in entries:
         cells = (entry["verdict"], f"`{entry['claim']}`", entry["quote"], found(entry), entry["target"], entry["needs"])
-        lines.append("| " + " | ".join(str(cell or "").replace("|", "\\|") for cell in cells) + " |")
+        flat = (re.sub(r"<(?!/?su[bp]>)", "&lt;", " ".join(str(cell or "").split())) for cell in cells)
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in flat) + " |")
     return "\n".join(lines) + "\n"
 
 

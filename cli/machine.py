@@ -80,12 +80,8 @@ def prepare(
     from sdae.data.packing import prepare as pack
     from slurm.machine import cpus
 
-    try:
-        with progress("packing", "pictures") as tell:
-            report = pack(folder, out, form.value, side, cpus() if workers is None else workers, on_error.value, tell)
-    except KeyboardInterrupt:
-        note("stopped: the same command goes on")
-        raise typer.Exit(130) from None
+    with progress("packing", "pictures") as tell:
+        report = pack(folder, out, form.value, side, cpus() if workers is None else workers, on_error.value, tell)
     if json:
         return emit(report)
     print(

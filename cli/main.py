@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from types import FrameType
 
 import typer
 
 from cli import machine, notebook, paper, predict, results, runs, sweep
+from cli.output import printable
+from cli.runs import INTERRUPTED
 from sdae.errors import RESUME_ME, BrokenInput, Interrupted, RunFailed, UserError
+
+ROOMS = ("sdae", "ablations", "slurm", "analysis", "cli")
 
 app = typer.Typer(
     help="Re-runs the ablations of SdAE (ECCV 2022) and says what of the paper holds.",
@@ -31,9 +37,20 @@ app.command()(notebook.notebook)
 
 def main() -> None:
     """Exit codes: 0 done, 1 a run or check failed, 2 bad input, 75 stopped and resumable, 130 Ctrl-C."""
+    stopped = False
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal stopped
+        stopped = True
+        signal.default_int_handler(number, frame)
+
+    if plain := signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, stop)
     try:
         code = app(standalone_mode=False)
         sys.stdout.flush()
+        if stopped and code == INTERRUPTED:  # typer says nothing of a Ctrl-C
+            fail("stopped; the same command goes on", INTERRUPTED)
     except BrokenPipeError:  # the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -43,18 +60,45 @@ def main() -> None:
         fail(str(error), 2 if isinstance(error, BrokenInput) else 1)
     except Interrupted as error:
         fail(str(error), RESUME_ME)
+    except KeyboardInterrupt:
+        fail("stopped; the same command goes on", INTERRUPTED)
+    except (ImportError, AttributeError) as error:
+        if (cure := lacking(error)) is None:
+            raise
+        fail(cure, 2)
+    except OSError as error:  # a disk or a folder that fails below a command
+        if error.filename is None:
+            raise
+        fail(f"{error.filename}: {error.strerror or error}", 2)
     except Exception as error:
+        if type(error).__name__ == "Abort":  # typer's word for Ctrl-C
+            fail("stopped; the same command goes on", INTERRUPTED)
         if not hasattr(error, "format_message"):  # a usage error of typer's, whichever click it stands on
             raise
         if type(error).__name__ == "NoArgsIsHelpError":
             print(error.format_message(), file=sys.stderr)
             sys.exit(2)
-        fail(error.format_message(), 2)
+        fail(" ".join(error.format_message().split()), 2)
+    finally:
+        if plain:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(code if isinstance(code, int) else 0)
 
 
+def lacking(error: Exception) -> str | None:
+    """The line for an import that failed because a package is absent, broken or too old; None where it is our fault."""
+    from slurm.doctor import packages
+
+    bad = [f"{row['check']} {row['detail']}" for row in packages() if not row["ok"]]
+    name = getattr(error, "name", None) or "a package"
+    if not bad and (not isinstance(error, ImportError) or name.partition(".")[0] in ROOMS):
+        return None
+    what = "; ".join(bad) or f"{name} cannot be imported: {error}"
+    return f"{what}: `make setup` installs the tested versions, `sdae-cli doctor` checks them"
+
+
 def fail(message: str, code: int) -> None:
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {printable(message)}", file=sys.stderr)
     sys.exit(code)
 
 

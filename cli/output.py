@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sdae.errors import UserError
+from sdae.yamls import shown
 
 if TYPE_CHECKING:
     from sdae.store import Store
@@ -28,7 +29,7 @@ def parse_seeds(text: str) -> list[int]:
     try:
         seeds = [int(part) for part in text.split(",")]
     except ValueError:
-        raise UserError(f"--seeds {text!r}: expected whole numbers with commas between them, e.g. 0,1,2") from None
+        raise UserError(f"--seeds {shown(text)}: expected whole numbers with commas between them, e.g. 0,1,2") from None
     if min(seeds) < 0:
         raise UserError(f"--seeds {text!r}: seeds are 0 or more")
     return seeds
@@ -48,10 +49,18 @@ def _plain(value: Any) -> Any:
 
 
 def told_synthetic(store: Store) -> Store:
-    """The store; where its results are made up, the first line on stdout says so."""
+    """The store; where its results are made up, the first line on stdout says so; where there is none, stderr."""
+    if not store.root.exists():
+        note(f"{store.root}: there is no such folder in {Path.cwd()}; --store DIR names another")
     if store.synthetic:
         print(f"SYNTHETIC: the results in {store.root} are made up, no model was trained")
     return store
+
+
+def printable(text: str) -> str:
+    """One line without what moves a cursor or cannot be encoded: names come from files of others."""
+    flat = " ".join(text.splitlines())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in flat)
 
 
 def note(text: str) -> None:
@@ -60,7 +69,7 @@ def note(text: str) -> None:
 
 def table(columns: list[str], rows: list[list[Any]], title: str | None = None) -> None:
     """Rows on stdout: a rich table on a terminal, columns with spaces between them in a pipe."""
-    texts = [["" if cell is None else str(cell) for cell in row] for row in rows]
+    texts = [["" if cell is None else printable(str(cell)) for cell in row] for row in rows]
     if sys.stdout.isatty():
         from rich.console import Console
         from rich.table import Table

@@ -124,7 +124,8 @@ def report(
 
     paths = write(study(Store(store), artifacts or (), scale, parse_seeds(seeds) if seeds else None), out)
     if not any(path.name == "report.pdf" for path in paths):
-        note(f"no report.pdf: none of {', '.join(pdf.ENGINES)} is installed")
+        debian = "Debian: texlive-latex-recommended texlive-latex-extra lmodern"
+        note(f"no report.pdf: none of {', '.join(pdf.ENGINES)} is installed ({debian})")
     if json:
         return emit({"files": [str(path) for path in paths]})
     for path in paths:

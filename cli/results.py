@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json as jsonlib
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.output import Json, StoreDir, emit, table, told_synthetic
+from cli.output import Json, ScaleName, StoreDir, emit, note, parse_seeds, table, told_synthetic
+from sdae.errors import UserError
 
-app = typer.Typer(help="What the store holds: collect, list, show, compare, export.", no_args_is_help=True)
+if TYPE_CHECKING:
+    from analysis.prune import Prunable
+
+app = typer.Typer(help="What the store holds: collect, list, show, compare, export; upkeep.", no_args_is_help=True)
 Run = Annotated[str, typer.Argument(metavar="ID", help="A run's id or the beginning of it.")]
 
 
@@ -100,3 +105,85 @@ def export(
         return emit({"file": str(out), "rows": rows})
     told_synthetic(Store(store))
     print(f"{rows} runs in {out}")
+
+
+@app.command()
+def check(
+    store: StoreDir = Path("runs"),
+    deep: Annotated[bool, typer.Option("--deep", help="Every checkpoint against its sha256: reads all of it.")] = False,
+    repair: Annotated[
+        bool,
+        typer.Option("--repair", help="Do what is safe: new index, no dead temporary files, torn files set aside."),
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Names what is torn, orphaned, duplicate or stale, each with what to do next; exit 1 where something is."""
+    from analysis.check import check as examine
+    from analysis.check import lines, mend
+    from sdae.store import Store
+    from slurm.ledger import Ledger
+
+    folder = Store(store)
+    report = examine(folder, deep, Ledger(folder).astray())
+    if repair:
+        mend(report["findings"])
+    open_ = [finding for finding in report["findings"] if not finding.repaired]
+    if json:
+        emit(report | {"findings": [finding.to_dict() for finding in report["findings"]]})
+    else:
+        told_synthetic(folder)
+        for line in lines(report["findings"]):
+            print(line)
+        counts = ", ".join(f"{n} {kind}" for kind, n in report["counts"].items() if n) or "nothing wrong"
+        print(f"{store}: {report['runs']} runs, store format {report['format']}: {counts}")
+    if open_:
+        raise typer.Exit(1)
+
+
+@app.command()
+def prune(
+    artifacts: Annotated[
+        list[str] | None, typer.Argument(help="YAML files of your own, whose runs stay beside the suite's.")
+    ] = None,
+    scale: ScaleName = "smoke",
+    seeds: Annotated[str | None, typer.Option("--seeds", help="Seeds that stay, e.g. 0,1,2; none: all.")] = None,
+    store: StoreDir = Path("runs"),
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List only.")] = False,
+    json: Json = False,
+) -> None:
+    """Removes what no artifact needs at a scale: runs, and weights of kept runs that nothing asks for. Asks first."""
+    from analysis.prune import remove, survey
+    from sdae.store import Store
+    from slurm.ledger import Ledger
+
+    folder = Store(store)
+    if not (yes or dry_run or sys.stdin.isatty()):
+        raise UserError(
+            "results prune: removes runs, and nobody can be asked here: --dry-run lists them, --yes does it"
+        )
+
+    def look() -> Prunable:
+        held = Ledger(folder).waiting(folder)
+        return survey(folder, artifacts or (), scale, parse_seeds(seeds) if seeds else None, held)
+
+    found = look()
+    if not json:
+        told_synthetic(folder)
+        rows = [[i.run, i.state, len(i.files) or "all", i.bytes, i.why] for i in (*found.runs, *found.files)]
+        if rows:
+            table(["run", "state", "files", "bytes", "why"], rows, str(store))
+    wanted = bool(found.runs or found.files or found.left)
+    told = f"{len(found.runs)} runs and weights of {len(found.files)} more, {found.bytes:,} bytes"
+    if wanted and not (yes or dry_run):
+        try:
+            typer.confirm(f"Remove {told} from {store}?", abort=True, err=True)
+        except typer.Abort:
+            note("nothing was removed")
+            raise typer.Exit(1) from None
+    gone, skipped = remove(found, look()) if wanted and not dry_run else ([], [])
+    if json:
+        return emit(found.to_dict() | {"removed": [item.run for item in gone], "skipped": skipped, "dry_run": dry_run})
+    for identity in skipped:
+        note(f"{identity}: not removed, somebody runs it now")
+    print(f"{told}: {'would be removed' if dry_run else 'removed'}" if wanted else f"{store}: nothing to remove")

@@ -118,7 +118,8 @@ def encoders(content: dict[str, Any], layout: str, where: str) -> dict[str, Enco
 
 
 def keys_of(content: Any) -> str:
-    return ", ".join(sorted(map(str, content))[:8]) if isinstance(content, dict) else type(content).__name__
+    keys = sorted(map(str, content))[:8] if isinstance(content, dict) else [type(content).__name__]
+    return ", ".join(keys) or "nothing"
 
 
 def _place(part: Part) -> str:

@@ -19,6 +19,8 @@ from sdae.config import Pretrain, count_masked, parse
 from sdae.errors import UserError
 from sdae.methods.mae import MAE
 from sdae.methods.sdae import SdAE
+from sdae.released import header_size
+from sdae.training.checkpoints import must_fit
 from sdae.training.optimizers import adamw
 from sdae.views import View, split
 
@@ -47,6 +49,8 @@ def replay(path: str | Path) -> dict[str, Any]:
 def _replay(path: str, tensors: dict[str, Tensor], golden: dict[str, Any]) -> dict[str, Any]:
     mae = golden["format"].startswith("mae")
     config = _config(path, golden, mae)
+    student = {k.removeprefix("student."): v for k, v in tensors.items() if k.startswith("student.")}
+    must_fit(student, lambda: (MAE(config) if mae else SdAE(config, _view(golden, config))).student, path)
     model: SdAE | MAE = MAE(config) if mae else SdAE(config, _view(golden, config))
     for module, prefix in ((model.student, "student."), (getattr(model, "teacher", None), "teacher.")):
         if module is not None:
@@ -83,6 +87,7 @@ def _replay(path: str, tensors: dict[str, Tensor], golden: dict[str, Any]) -> di
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
+        header_size(path)
         with safe_open(path, "pt") as file:
             golden = json.loads((file.metadata() or {})["config"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
@@ -92,7 +97,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise UserError(f"{path}: no such file") from None
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: not a safetensors file: {error}") from None
-    except (KeyError, ValueError, TypeError):
+    except (KeyError, ValueError, TypeError, RecursionError):
         raise UserError(f"{path}: its metadata has no `config` with a JSON object") from None
     return tensors, golden
 

@@ -22,7 +22,7 @@ from sdae.errors import UserError
 from sdae.models.classifier import Classifier
 from sdae.stages import detect, segment
 from sdae.store import RunFolder, Store
-from sdae.training.checkpoints import load_weights
+from sdae.training.checkpoints import load_model, must_fit
 
 LIKELIEST = 5  # classes told of a picture
 
@@ -60,10 +60,7 @@ class _Predictor:
     """A finished run's network: uint8 (3, H, W) to a drawing and to what it says."""
 
     def __init__(self, folder: RunFolder, score: float):
-        result = folder.result()
-        if result is None:
-            raise UserError(f"{folder.id}: this run is not done")
-        stage, self.score = result["stage"], score
+        stage, self.score = folder.outcome().get("stage"), score
         if stage not in ("segment", "detect", "finetune", "linprobe"):
             raise UserError(f"{folder.id}: {stage} predicts nothing (allowed: segment, detect, finetune, linprobe)")
         self.config: Any
@@ -94,12 +91,16 @@ class _Predictor:
 
 
 def load_classifier(folder: RunFolder) -> tuple[Finetune | Linprobe, Classifier, list[str]]:
-    config, result = folder.config(), folder.result()
-    assert isinstance(config, Finetune | Linprobe)
-    name = "model.safetensors"
-    tensors, metadata = load_weights(folder.checkpoints / name, ((result or {}).get("weights") or {}).get(name))
-    classes = list(metadata["classes"])
-    module = Classifier(config.model, config.data.image_size, config.head, len(classes))
+    config = folder.config()
+    if not isinstance(config, Finetune | Linprobe):
+        raise UserError(f"{folder.path / 'config.yaml'}: not that of a finetune or linprobe")
+    tensors, classes = load_model(folder, folder.outcome())
+
+    def network() -> Classifier:
+        return Classifier(config.model, config.data.image_size, config.head, len(classes))
+
+    must_fit(tensors, network, str(folder.path))
+    module = network()
     module.load_state_dict(tensors)
     return config, module.eval(), classes
 

@@ -35,6 +35,8 @@ STAGE_MODULES = {
 NO_NUMBERS = {
     "sdae.errors": "how the suite says no",
     "sdae.store": "where files lie",
+    "sdae.files": "writes them whole",
+    "sdae.upkeep": "removes them",
     "sdae.yamls": "how files are read; what they say is in the run's id",
     "sdae.provenance": "this module",
     "sdae.drawing": "draws what was found",

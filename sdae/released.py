@@ -19,7 +19,7 @@ from sdae.errors import UserError
 
 SUFFIX = ".safetensors"
 NOT_PUBLISHED = "not published"
-HEADER_LIMIT = 100_000_000  # bytes; safetensors' own
+HEADER_LIMIT = 8_000_000  # bytes; an encoder has some 100,000
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,14 @@ def _digest(path: str, _mtime: int, _size: int) -> str:
         return file_digest(file, "sha256").hexdigest()
 
 
+def header_size(path: Path) -> None:
+    """Raises UserError where the head of a safetensors file is so long that reading it takes seconds and memory."""
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+    if size > HEADER_LIMIT:
+        raise UserError(f"{path}: not a whole safetensors file: a head of {size:,} bytes (allowed: {HEADER_LIMIT:,})")
+
+
 def header(path: Path) -> dict[str, Any]:
     """Names, dtypes and shapes of a safetensors file, and its metadata as plain values under `__metadata__`."""
     try:
@@ -126,18 +134,20 @@ def header(path: Path) -> dict[str, Any]:
             ends = [value["data_offsets"][1] for key, value in found.items() if key != "__metadata__"]
             if path.stat().st_size != 8 + size + max(ends, default=0):
                 raise ValueError
+        metadata = found.pop("__metadata__", None) or {}
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         raise UserError(f"{path}: not a whole safetensors file") from None
-    metadata = found.pop("__metadata__", {})
     return {**found, "__metadata__": {key: _plain(value) for key, value in metadata.items()}}
 
 
 def _plain(value: str) -> Any:
     try:
         return json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return value
 
 
@@ -147,7 +157,8 @@ def inventory() -> list[dict[str, Any]]:
     for path in sorted(weights_folder().glob(f"*{SUFFIX}")):
         row: dict[str, Any] = {"name": path.stem, "file": str(path), "bytes": path.stat().st_size, "problem": None}
         try:
-            said = header(path)["__metadata__"].get("sdae") or {}
+            said = header(path)["__metadata__"].get("sdae")
+            said = said if isinstance(said, dict) else {}
         except UserError as error:
             said, row["problem"] = {}, str(error)
         for key in ("layout", "width", "depth", "patch_size", "positions", "layer_scale"):

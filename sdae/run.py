@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from sdae import provenance
 from sdae.config import Config, CostRun, dump, run_id
 from sdae.data.fingerprint import listing, resolve
 from sdae.errors import BrokenInput, Interrupted, RunFailed, UserError
+from sdae.files import why
 from sdae.stages.session import Session
 from sdae.store import RunFolder, Store
 from sdae.training import distributed
@@ -46,6 +48,7 @@ def execute(
     config = with_content(config)
     folder = store.run(run_id(config))
     if (result := folder.result()) is not None:
+        _tidy(folder)
         return result
     if (need := getattr(getattr(config, "init", None), "run", None)) and not store.run(need).done:
         raise NeedNotDone(f"{folder.id}: waits for {need}, which is not done in {store.root}")
@@ -63,15 +66,32 @@ def execute(
     with contextlib.ExitStack() as stack:
         stack.callback(distributed.stop)
         if world.first and not stack.enter_context(folder.claim()):
-            raise AlreadyRunning(f"{folder.id}: another process is running it: {folder.claimed()}")
+            who = "{0[host]}, process {0[pid]}".format(folder.claimed() or {"host": "somewhere", "pid": "?"})
+            cure = f"`sdae-cli sweep logs {folder.id} -f --store {store.root}` follows it"
+            raise AlreadyRunning(f"{folder.id}: another process is running it ({who}): {cure}")
         if (result := folder.result()) is not None:  # finished by another between the look and the claim
             return result
+        if world.first:
+            folder.create(config)  # again: another one, refused, may have removed the folder before the claim
         try:
             return _execute(config, store, folder, world, progress)
         except UserError:
             if world.first and fresh and not any(folder.checkpoints.iterdir()):
-                store.remove(folder.id)  # refused before anything was computed: nothing is left behind
+                with contextlib.suppress(OSError):  # a disk that is only read now keeps it
+                    store.remove(folder.id)  # refused before anything was computed: nothing is left behind
             raise
+
+
+def _tidy(folder: RunFolder) -> None:
+    """Removes what a process could not that was killed, or met a broken disk, when its result was written."""
+    from sdae.training.checkpoints import forget_states
+
+    names = ("claim.json", "failure.json")
+    if any(folder.checkpoints.glob("state-*")) or any((folder.path / name).exists() for name in names):
+        with contextlib.suppress(UserError, OSError), folder.claim() as mine:  # not in a store that is only read
+            if mine:
+                forget_states(folder.checkpoints)
+                (folder.path / "failure.json").unlink(missing_ok=True)
 
 
 def with_content(config: Config) -> Config:
@@ -109,6 +129,8 @@ def _execute(
     except KeyboardInterrupt:
         raise Interrupted(f"{folder.id}: stopped; run it again to go on from its last checkpoint") from None
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise UserError(f"{error.filename or folder.path}: cannot be written: {why(error)}") from error
         kind = "OutOfMemory" if isinstance(error, (torch.OutOfMemoryError, MemoryError)) else type(error).__name__
         message = str(error).strip() or kind
         if folder.failure() is None:  # else another rank has told why, and this one only lost its connection

@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[int, Field(ge=1)]
+Positive = Annotated[int, Field(ge=1, lt=2**31)]
+Side = Annotated[int, Field(ge=1, le=65_536)]  # of a tensor: more than any network has
 
 # timm's plain vision transformers: width, depth, heads, mlp ratio. Other names of timm's are looked up in timm itself.
 ARCHITECTURES = {
@@ -67,7 +68,7 @@ class Pictures(Strict):
     name: str
     path: str | None = None
     image_size: Annotated[int, Field(ge=8, le=4096)] = 224
-    classes: Annotated[int, Field(ge=2)] | None = None
+    classes: Annotated[int, Field(ge=2, lt=2**31)] | None = None
     train_pictures: Positive | None = None
     val_pictures: Positive | None = None
     on_error: Literal["raise", "skip"] = "raise"
@@ -138,17 +139,17 @@ class Model(Strict):
     """
 
     arch: str = "vit_base_patch16"
-    width: Positive | None = None
-    depth: Positive | None = None
-    heads: Positive | None = None
-    mlp_ratio: Annotated[float, Field(gt=0)] | None = None
-    patch_size: Positive | None = None
-    channels: Positive = 3
+    width: Side | None = None
+    depth: Annotated[int, Field(ge=1, le=1000)] | None = None
+    heads: Side | None = None
+    mlp_ratio: Annotated[float, Field(gt=0, le=64)] | None = None
+    patch_size: Side | None = None
+    channels: Side = 3
     positions: Literal["absolute", "relative", "both"] = "absolute"
     layer_scale: bool = False
-    decoder_depth: Annotated[int, Field(ge=0)] | None = None
-    decoder_dim: Positive | None = None
-    decoder_heads: Positive | None = None
+    decoder_depth: Annotated[int, Field(ge=0, le=1000)] | None = None
+    decoder_dim: Side | None = None
+    decoder_heads: Side | None = None
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
     @model_validator(mode="before")
@@ -267,7 +268,7 @@ class StepOptim(Strict):
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     layer_decay: Annotated[float, Field(gt=0, le=1)] | None = 0.65
-    warmup_steps: Annotated[int, Field(ge=0)] = 1500
+    warmup_steps: Annotated[int, Field(ge=0, lt=2**31)] = 1500
     clip: Annotated[float, Field(gt=0)] | None = None
 
     @model_validator(mode="after")
@@ -322,10 +323,10 @@ class Backbone(Strict):
 class SegmentHead(Strict):
     """UperNet: channels of the pyramid, pooled grids, dropout before the classes; an FCN on the third map beside it."""
 
-    channels: Positive = 768
+    channels: Side = 768
     pools: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1, 2, 3, 6)
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    aux_channels: Positive = 256
+    aux_channels: Side = 256
     aux_weight: Annotated[float, Field(ge=0)] = 0.4
 
 
@@ -344,8 +345,8 @@ class SegmentTest(Strict):
 class DetectHead(Strict):
     """Mask R-CNN: channels of FPN, RPN and heads, width of the box head's fully connected layer, regression loss."""
 
-    channels: Positive = 256
-    hidden: Positive = 1024
+    channels: Side = 256
+    hidden: Side = 1024
     anchor: Annotated[float, Field(gt=0)] = 8.0
     box_loss: Literal["giou", "smooth_l1"] = "giou"
     box_weight: Annotated[float, Field(ge=0)] = 10.0
@@ -375,7 +376,7 @@ class Efficiency(Strict):
     compile: bool = True
     cuda_graphs: bool = False
     fsdp: bool = False
-    workers: Annotated[int, Field(ge=0)] = 8
+    workers: Annotated[int, Field(ge=0, le=1024)] = 8
     micro_batch: Positive | None = None
     attention: Literal["auto", "flash", "efficient", "cudnn", "math"] = "auto"
     checkpointing: bool = False

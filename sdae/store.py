@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import socket
 import time
@@ -23,9 +24,31 @@ import yaml
 
 from sdae.config import Config, dump, parse, run_id
 from sdae.errors import UserError
+from sdae.files import (
+    abandoned,
+    flush,
+    forget_dead,
+    make_folder,
+    no_link,
+    process_start,
+    read_json,
+    read_record,
+    temporary_of,
+    to_json,
+    why,
+    write_atomically,
+    written,
+)
 from sdae.yamls import read_yaml
 
-FORMAT = 1
+__all__ = [
+    "RunFolder", "Store", "SyntheticStore", "abandoned", "flush", "forget_dead", "make_folder", "migrate",
+    "process_start", "read_json", "read_record", "temporary_of", "to_json", "write_atomically", "written",
+]  # fmt: skip
+
+FORMAT = 1  # of result.json
+STORE_FORMAT = 2  # of the folder, in its file FORMAT; a store without one is of the first format
+FORMAT_FILE = "FORMAT"
 SUBMISSION = "SDAE_SUBMISSION"  # environment variable: the array that this process belongs to
 MARK = "SYNTHETIC"  # the file that says that a store's results were made up
 NO_PICTURES = "synthetic"  # in place of the pictures' fingerprint: a made-up run has another id than a real one
@@ -37,45 +60,6 @@ folder, and results that were measured are not read here. Delete the whole folde
 GRACE_SECONDS = 300.0  # a heartbeat older than this, from another machine, is that of a lost run
 
 
-def write_atomically(path: Path, content: bytes | str) -> None:
-    """The whole file or none of it, also after a power cut. Errors name the file and leave nothing behind."""
-    data = content.encode() if isinstance(content, str) else content
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes a rename durable; not every file system lets a folder be opened, and then there is nothing to do."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def to_json(value: Any) -> str:
-    return json.dumps(value, indent=1, sort_keys=False, allow_nan=False, default=str) + "\n"
-
-
-def read_json(path: Path) -> Any:
-    """The content, or None where the file is absent or torn (a copy cut off by something other than us)."""
-    try:
-        return json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return None
-
-
 class RunFolder:
     """`STORE/ID/`. Reading never needs the folder to exist."""
 
@@ -85,7 +69,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.log = path / "log.txt"
         self.metrics_file = path / "metrics.jsonl"
-        self.token = ""  # of this process's claim
+        self.token = ""  # nosec B105: of this process's claim
 
     # What it holds
     def config(self) -> Config | None:
@@ -93,16 +77,28 @@ class RunFolder:
         return parse(read_yaml(file), str(file)) if file.exists() else None
 
     def result(self) -> dict[str, Any] | None:
-        return read_json(self.path / "result.json")  # type: ignore[no-any-return]
+        return read_record(self.path / "result.json")
+
+    def outcome(self) -> dict[str, Any]:
+        """The result of a finished run. Raises UserError where there is none, or none that can be used."""
+        result, where = self.result(), self.path / "result.json"
+        if result is None:
+            raise UserError(f"{where}: cannot be read" if self.done else f"{self.path}: this run is not done")
+        if result.get("format", FORMAT) != FORMAT:
+            raise UserError(f"{where}: has format {result['format']}, this version reads {FORMAT}")
+        weights = result.get("weights")
+        if not isinstance(weights, dict) or not all(isinstance(digest, str) for digest in weights.values()):
+            raise UserError(f"{where}: tells of no weights")
+        return result
 
     def failure(self) -> dict[str, Any] | None:
-        return read_json(self.path / "failure.json")  # type: ignore[no-any-return]
+        return read_record(self.path / "failure.json")
 
     def heartbeat(self) -> dict[str, Any] | None:
-        return read_json(self.path / "heartbeat.json")  # type: ignore[no-any-return]
+        return read_record(self.path / "heartbeat.json")
 
     def provenance(self) -> dict[str, Any] | None:
-        return read_json(self.path / "provenance.json")  # type: ignore[no-any-return]
+        return read_record(self.path / "provenance.json")
 
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl."""
@@ -137,12 +133,15 @@ class RunFolder:
     # Writing
     def create(self, config: Config) -> None:
         """Makes the folder and writes `config.yaml` once. An existing folder must be of the same run."""
-        try:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be written: {error.strerror or error}") from error
         if run_id(config) != self.id:
             raise UserError(f"{self.path}: this config is {run_id(config)}, not {self.id}")
+        for path in (self.path, *(self.path.iterdir() if self.path.is_dir() else ())):
+            if path.is_symlink():
+                raise UserError(f"{path}: a link; what a run writes must lie in the store itself")
+        if (there := self.config()) is not None and run_id(there) != self.id:
+            raise UserError(f"{self.path / 'config.yaml'}: is the config of {run_id(there)}: remove {self.path}")
+        make_folder(self.checkpoints)
+        migrate(Store(self.path.parent))
         if not (self.path / "config.yaml").exists():
             write_atomically(self.path / "config.yaml", yaml.safe_dump(dump(config), sort_keys=False))
 
@@ -150,9 +149,15 @@ class RunFolder:
         write_atomically(self.path / name, to_json(value))
 
     def finish(self, result: dict[str, Any]) -> None:
-        """The run is done: result first, then what an earlier failure left."""
+        """The run is done. What it wrote is made durable, then the result; then goes what an earlier failure left."""
+        try:
+            for path in self.path.rglob("*"):
+                flush(path)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written: {error.strerror or error}") from error
         self.write("result.json", result)
-        (self.path / "failure.json").unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the result counts all the same
+            (self.path / "failure.json").unlink(missing_ok=True)
 
     def fail(self, kind: str, message: str, traceback: str = "", submission: str | None = None) -> None:
         """submission: the job array that the run failed in; by default that of this process, if any."""
@@ -171,18 +176,34 @@ class RunFolder:
         )
 
     def forget_failure(self) -> None:
-        with contextlib.suppress(FileNotFoundError):
+        try:
             (self.path / "failure.json").rename(self.path / "failure.previous.json")
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise UserError(f"{self.path / 'failure.json'}: cannot be renamed: {error.strerror or error}") from error
 
     def note(self, event: str, **facts: Any) -> None:
         """Adds to `notes`. One write of one line: appends of several processes do not mix."""
         self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.path / "attempts.jsonl", "ab", buffering=0) as file:
+        with open(self.path / "attempts.jsonl", "ab", buffering=0, opener=no_link) as file:
             file.write(json.dumps({"event": event, "time": time.time(), **facts}).encode() + b"\n")
 
     def append_metrics(self, row: dict[str, Any]) -> None:
-        with open(self.metrics_file, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row, allow_nan=False) + "\n")
+        text = json.dumps(row, allow_nan=False) + "\n"
+        try:
+            with open(self.metrics_file, "a", encoding="utf-8", opener=no_link) as file:
+                file.write(text)
+        except OSError as error:
+            raise UserError(f"{self.metrics_file}: cannot be written: {error.strerror or error}") from error
+
+    def sync_metrics(self) -> None:
+        """Makes the rows durable: before a state after which they are not written again."""
+        try:
+            flush(self.metrics_file)
+            flush(self.path)
+        except OSError as error:
+            raise UserError(f"{self.metrics_file}: cannot be written: {error.strerror or error}") from error
 
     def truncate_metrics(self, step: int) -> None:
         """Forgets rows after `step`, so that a resumed run writes each row once."""
@@ -193,14 +214,17 @@ class RunFolder:
     # One process at a time
     def claimed(self) -> dict[str, Any] | None:
         """The living claim on this run, if any."""
-        claim = read_json(self.path / "claim.json")
+        claim = read_record(self.path / "claim.json")
         return claim if claim and self._alive(claim) else None
 
-    def _alive(self, claim: dict[str, Any]) -> bool:
-        if claim.get("host") == socket.gethostname():
-            return bool(process_start(int(claim["pid"])) == claim["started"])
-        heartbeat = self.heartbeat() or {}
-        return bool(time.time() - max(claim["time"], heartbeat.get("time", 0.0)) < GRACE_SECONDS)
+    def _alive(self, claim: Any) -> bool:
+        try:
+            if claim.get("host") == socket.gethostname():
+                return bool(process_start(int(claim["pid"])) == claim["started"])
+            heartbeat = self.heartbeat() or {}
+            return bool(time.time() - max(claim["time"], heartbeat.get("time", 0.0)) < GRACE_SECONDS)
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError):  # no claim of ours
+            return False
 
     @contextlib.contextmanager
     def claim(self) -> Iterator[bool]:
@@ -210,19 +234,27 @@ class RunFolder:
             "host": socket.gethostname(), "pid": os.getpid(), "started": process_start(os.getpid()),
             "time": time.time(), "token": token,
         }  # fmt: skip
-        file, fresh = self.path / "claim.json", self.path / f".claim.{token}.tmp"
-        fresh.write_text(to_json(mine))
+        file, fresh = self.path / "claim.json", temporary_of(self.path / "claim")
         owned = False
         try:
-            owned = self._take(file, fresh)
-            fresh.unlink(missing_ok=True)
+            make_folder(self.path)  # whose run was refused has removed it
+            try:
+                fresh.write_text(to_json(mine))
+                owned = self._take(file, fresh)
+                fresh.unlink(missing_ok=True)
+            except OSError as error:
+                raise UserError(f"{file}: cannot be written: {error.strerror or error}") from error
             self.token = token if owned else ""
+            if owned:
+                forget_dead(self.path)
+                forget_dead(self.checkpoints)
             yield owned
         finally:
-            self.token = ""
-            fresh.unlink(missing_ok=True)
-            if owned and (read_json(file) or {}).get("token") == token:
-                file.unlink(missing_ok=True)
+            self.token = ""  # nosec B105: no password
+            with contextlib.suppress(OSError):  # a dead claim holds nothing
+                fresh.unlink(missing_ok=True)
+                if owned and _token(read_json(file)) == token:
+                    file.unlink(missing_ok=True)
 
     @property
     def dispossessed(self) -> bool:
@@ -269,30 +301,17 @@ class RunFolder:
 def _lines(file: Path) -> list[dict[str, Any]]:
     """The rows of a JSON lines file; a torn line is left out."""
     rows = []
-    with contextlib.suppress(FileNotFoundError):
-        for line in file.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError):
-                rows.append(json.loads(line))
+    with contextlib.suppress(FileNotFoundError, IsADirectoryError):
+        for line in file.read_bytes().splitlines():
+            with contextlib.suppress(ValueError, RecursionError):
+                if isinstance(row := json.loads(line), dict):
+                    rows.append(row)
     return rows
 
 
 def _token(claim: Any) -> str:
-    return str(claim.get("token", "")) if isinstance(claim, dict) else ""
-
-
-def process_start(pid: int) -> str | None:
-    """When a process of this machine began (so that a reused pid is not taken for the old process), or None."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return None if fields[0] in ("Z", "X") else fields[19]
-    except (OSError, IndexError):
-        if os.path.isdir("/proc/self"):
-            return None
-        try:  # no /proc (macOS): a pid is all there is
-            os.kill(pid, 0)
-            return "alive"
-        except OSError:
-            return None
+    token = str(claim.get("token", "")) if isinstance(claim, dict) else ""
+    return token if re.fullmatch(r"[\w.-]*", token) else ""  # it becomes part of a file's name
 
 
 class Store:
@@ -302,6 +321,25 @@ class Store:
         self.root = Path(root)
         if self.root.exists() and not self.root.is_dir():
             raise UserError(f"{self.root}: the store must be a folder")
+        if (found := self.format) > STORE_FORMAT:
+            known = f"this version of the suite knows 1 to {STORE_FORMAT}"
+            raise UserError(
+                f"{self.root}: a store of format {found}, {known}: update the suite, or take another --store"
+            )
+
+    @property
+    def format(self) -> int:
+        """The version of the folder's format; 1 where nothing says it."""
+        try:
+            text = (self.root / FORMAT_FILE).read_text(encoding="utf-8", errors="replace")
+        except (FileNotFoundError, NotADirectoryError):
+            return 1
+        except OSError as error:
+            raise UserError(f"{self.root / FORMAT_FILE}: cannot be read: {error.strerror or error}") from error
+        if not re.fullmatch(r"[1-9][0-9]{0,8}\s*", text, re.ASCII):
+            what = f"expected the store's format, a number from 1 to {STORE_FORMAT}, got {text[:20]!r}"
+            raise UserError(f"{self.root / FORMAT_FILE}: {what}: remove the file, it is written again")
+        return int(text)
 
     @property
     def synthetic(self) -> bool:
@@ -333,18 +371,16 @@ class Store:
 
     def open(self) -> None:
         """Creates the store and proves that it can be written, before anything is computed."""
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{self.root}: the store cannot be made: {error.strerror or error}") from error
-        probe = self.root / f".probe.{uuid.uuid4().hex[:8]}"
+        make_folder(self.root, "the store cannot be made")
+        forget_dead(self.root)
+        probe = temporary_of(self.root / "probe")
         try:
             with open(probe, "wb") as file:
                 file.write(b"\0" * 65536)
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise UserError(f"{self.root}: the store cannot be written: {error.strerror or error}") from error
+            raise UserError(f"{self.root}: the store cannot be written: {why(error)}") from error
         finally:
             with contextlib.suppress(OSError):
                 probe.unlink(missing_ok=True)
@@ -354,11 +390,38 @@ class Store:
         matches = [i for i in self.ids() if i == prefix] or [i for i in self.ids() if i.startswith(prefix)]
         if len(matches) != 1:
             what = "no run" if not matches else f"{len(matches)} runs ({', '.join(matches[:4])}, ..)"
-            raise UserError(f"{self.root}: {what} named {prefix!r}")
+            where = f" (`sdae-cli results list --store {self.root}` lists them)"
+            if not self.root.exists():
+                where = f": there is no such folder in {Path.cwd()}; --store DIR names another"
+            raise UserError(f"{self.root}: {what} named {prefix!r}{where}")
         return self.run(matches[0])
 
     def remove(self, identity: str) -> None:
-        shutil.rmtree(self.run(identity).path)
+        """Out of sight first: who comes meanwhile makes a folder of its own, and loses nothing that it writes there."""
+        path = self.run(identity).path
+        gone = temporary_of(path)
+        os.rename(path, gone)
+        shutil.rmtree(gone)
+
+
+def migrate(store: Store) -> None:
+    """Brings a store of the first format to today's; called before a run is written. Readers know both.
+
+    Weights get the mode of their run's config: the first version kept them to their owner, who may be another. Dead
+    claims that it had renamed go. Every step may be done twice; the file FORMAT, by rename, comes last.
+    """
+    if (store.root / FORMAT_FILE).exists():
+        return
+    for identity in store.ids():
+        folder = store.run(identity)
+        with contextlib.suppress(OSError):  # another's, who opens it when running the next one
+            mode = (folder.path / "config.yaml").stat().st_mode & 0o666
+            for file in folder.checkpoints.glob("[!.]*.safetensors"):
+                file.chmod(mode)
+        for grave in folder.path.glob(".claim.*.dead"):
+            with contextlib.suppress(OSError):
+                grave.unlink(missing_ok=True)
+    write_atomically(store.root / FORMAT_FILE, f"{STORE_FORMAT}\n")
 
 
 class SyntheticStore(Store):
@@ -373,6 +436,7 @@ class SyntheticStore(Store):
                 )
             self.open()
             write_atomically(self.root / MARK, MARK_TEXT)
+            migrate(self)
 
     def put(self, identity: str, files: Mapping[str, str]) -> None:
         """A run folder with these files, the last one by rename. Nothing is flushed: what is lost is made up again."""

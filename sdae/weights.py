@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import pickle  # nosec B403: for the name of an error
+import re
 import warnings
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +21,7 @@ from sdae.sections import Init, Model
 from sdae.store import RunFolder, Store
 from sdae.training.checkpoints import checksum, load_weights, save_weights
 
-SAID = (
-    "sdae"  # the one key of a file's metadata: safetensors writes several in no fixed order, which changes the sha256
-)
+SAID = "sdae"  # the one key of a file's metadata
 
 
 def epoch_file(which: str, epoch: int) -> str:
@@ -29,12 +30,11 @@ def epoch_file(which: str, epoch: int) -> str:
 
 def encoder_of_run(run: RunFolder, which: str, epoch: int | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Student's or teacher's encoder after some completed epoch of a finished pre-training, checksum proved."""
-    result = run.result()
-    if result is None:
-        raise UserError(f"{run.path}: this pre-training is not done")
-    saved = {name: digest for name, digest in result.get("weights", {}).items() if name.startswith(f"{which}-epoch-")}
+    written = run.outcome()["weights"]
+    pattern = re.compile(rf"{re.escape(which)}-epoch-\d{{1,9}}\.safetensors", re.ASCII)
+    saved = {name: digest for name, digest in written.items() if pattern.fullmatch(name)}
     if not saved:
-        has = sorted({name.split("-")[0] for name in result.get("weights", {}) if "-epoch-" in name})
+        has = sorted({name.split("-")[0] for name in written if "-epoch-" in name})
         raise UserError(f"{run.id}: has no {which} (its saved encoders: {', '.join(has) or 'none'})")
     name = max(saved) if epoch == "last" else epoch_file(which, int(epoch))
     if name not in saved:
@@ -129,6 +129,7 @@ def read_any(path: Path) -> dict[str, Any]:
     """A checkpoint file as it is: safetensors, or a PyTorch file read without running anything of it."""
     if path.suffix == ".safetensors":
         return dict(load_weights(path)[0])
+    _refuse_bomb(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -136,11 +137,38 @@ def read_any(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
     except Exception as error:  # a broken pickle raises whatever its bytes lead to
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0].split(". ")[0]
+        if isinstance(error, pickle.UnpicklingError):  # its own words tell how to run the file's code all the same
+            reason = "it holds something else than tensors and plain values, of which nothing was run"
+        elif isinstance(error, (EOFError, KeyError, ValueError, IndexError)):
+            reason = "not what torch.save writes"
         raise UserError(f"{path}: not a whole checkpoint of tensors: {reason}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a mapping of tensors, got {type(content).__name__}")
+    _refuse_views(content, path)
     return content
+
+
+def _refuse_bomb(path: Path) -> None:
+    """PyTorch's files are archives of plain entries: packed ones may stand for any amount of memory."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            packed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):
+        return  # none, or a broken one: torch says so
+    if packed:
+        raise UserError(f"{path}: not a checkpoint as PyTorch writes it: {packed[0]} is compressed")
+
+
+def _refuse_views(content: dict[Any, Any], path: Path) -> None:
+    """No tensor may be more than what the file holds of it, as one with strides of 0 would be when it is copied."""
+    for name, value in content.items():
+        if isinstance(value, dict):
+            _refuse_views(value, path)
+        elif isinstance(value, Tensor):
+            plain = value.layout == torch.strided and not value.is_quantized
+            if not plain or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+                raise UserError(f"{path}: {name}: not a plain tensor, or larger than what is stored of it")
 
 
 def export_weights(store: Store, run: str, weights: str, epoch: int | str, out: Path) -> dict[str, Any]:

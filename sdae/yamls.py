@@ -11,16 +11,27 @@ from pydantic import BaseModel, ValidationError
 
 from sdae.errors import UserError
 
+LARGEST = 256_000  # bytes of a YAML file: some seconds
+MOST_VALUES = 100_000  # with every alias written out
+DEEPEST = 100  # mappings and lists in one another, of the suite's own files
+SHOWN = 200  # characters of a wrong value
+
 
 def read_yaml(path: str | Path) -> Any:
     """A YAML file's content, safely; every fault is one line that names the file and the place."""
     path = Path(path)
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+        with open(path, "rb") as file:
+            content = file.read(LARGEST + 1)
+        if len(content) > LARGEST:
+            raise UserError(f"{path}: too large for a YAML file (allowed: {LARGEST:,} bytes)")
+        return _load(content.decode("utf-8-sig"))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise UserError(f"{path}: no such file{'' if path.is_absolute() else f' in {Path.cwd()}'}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
+        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    except RecursionError:
+        raise UserError(f"{path}: not valid YAML: nested too deeply") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f" line {mark.line + 1}, column {mark.column + 1}:" if mark else ""
@@ -28,6 +39,47 @@ def read_yaml(path: str | Path) -> Any:
         if "\\t" in problem or "'\t'" in problem:
             problem = "a tab; YAML wants spaces for indentation"
         raise UserError(f"{path}:{place} not valid YAML: {problem}") from None
+
+
+def read_own(path: str | Path) -> Any:
+    """YAML that the suite has written, fast; None where the file is absent, torn or something else."""
+    try:
+        with open(path, "rb") as file:
+            content = file.read(LARGEST + 1)
+        kind, depth = getattr(yaml, "CSafeLoader", yaml.SafeLoader), 0
+        for event in yaml.parse(content, Loader=kind) if len(content) <= LARGEST else ():
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > DEEPEST:  # libyaml's loader would end the process
+                return None
+        return _load(content, kind) if len(content) <= LARGEST else None
+    except (OSError, ValueError, OverflowError, LookupError, AttributeError, RecursionError, yaml.YAMLError):
+        return None
+
+
+def _load(text: str | bytes, kind: Any = None) -> Any:
+    """The one place where YAML is read, by a loader that makes nothing but plain values. Raises YAMLError and
+    RecursionError."""
+    loader = (kind or _UniqueKeys)(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _values(node, {}) > MOST_VALUES:
+            problem = f"its aliases stand for more than {MOST_VALUES:,} values"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _values(node: yaml.Node, known: dict[int, float]) -> float:
+    """How many values a node holds with its aliases written out; without end where it holds itself."""
+    if id(node) not in known:
+        known[id(node)] = float("inf")
+        parts: Any = node.value if isinstance(node, yaml.CollectionNode) else ()
+        parts = [part for pair in parts for part in (pair if isinstance(pair, tuple) else (pair,))]
+        known[id(node)] = 1 + sum(_values(part, known) for part in parts)
+    return known[id(node)]
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -38,11 +90,24 @@ class _UniqueKeys(yaml.SafeLoader):
         for key_node, _ in node.value:
             if key_node.tag == "tag:yaml.org,2002:merge":
                 continue
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node, deep=True)
             if isinstance(key, (str, int, float, bool)) and key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
             seen.add(key if isinstance(key, (str, int, float, bool)) else id(key_node))
         return super().construct_mapping(node, deep)
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)  # type: ignore[no-untyped-call]
+        except (ValueError, OverflowError, KeyError, AttributeError) as error:  # 2026-13-45, 0b_, !!bool 3
+            problem = f"{shown(node.value)} is no {node.tag.rpartition(':')[2]}"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from error
+
+
+def shown(value: Any) -> str:
+    """A value as a line may hold it."""
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}.."
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
@@ -53,16 +118,21 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
     if first["type"] == "extra_forbidden":
         owner: Any = model
         for part in first["loc"][:-1]:
-            field = owner.model_fields.get(str(part)) if hasattr(owner, "model_fields") else None
-            owner = next((t for t in _models(field.annotation)), None) if field else None
+            if (field := getattr(owner, "model_fields", {}).get(str(part))) is not None:  # else a name, as of a column
+                owner = next((t for t in _models(field.annotation)), None)
         allowed = ", ".join(owner.model_fields) if owner else "see docs/config.md"
         return f"{key}: unknown key (allowed: {allowed})"
     message = first["msg"].removeprefix("Value error, ")
+    place = f"{key}: " if key else ""
+    if first["type"] == "missing":
+        return f"{place}missing"
+    if first["type"] in ("model_type", "dict_type"):
+        return f"{place}{shown(value)}: expected a mapping of keys"
     if first["type"] == "value_error":
         if not key or re.match(r"\w+\.[\w.]+: ", message):
             return message  # names its key itself
         return f"{key}.{message}" if re.match(r"\w+: ", message) else f"{key}: {message}"
-    return f"{key}: {value!r}: {message[0].lower()}{message[1:]}"
+    return f"{key}: {shown(value)}: {message[0].lower()}{message[1:]}"
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:
@@ -92,8 +162,8 @@ def override(values: Any, overrides: list[str]) -> Any:
         if not sign or not key:
             raise UserError(f"-s {text}: expected key=value, e.g. optim.epochs=3")
         try:
-            nested: Any = yaml.safe_load(value)
-        except yaml.YAMLError:
+            nested: Any = _load(value)
+        except (yaml.YAMLError, RecursionError):
             raise UserError(f"-s {text}: {value!r} is not a YAML value") from None
         for part in reversed(key.split(".")):
             nested = {part: nested}

@@ -35,7 +35,7 @@ def examine(store: Store, profile: Path | None = None) -> list[dict[str, Any]]:
     asked = load_profile(profile) if profile else None
     checks = [
         _check("python", sys.version_info >= (3, 11), f"{platform.python_version()} (3.11 or newer)"),
-        *(_package(name, least) for name, least in NEEDED.items()),
+        *packages(),
         _devices(),
         _check("cores", True, f"{cpus()} usable, OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'unset')}"),
         _store("store", store),
@@ -46,6 +46,11 @@ def examine(store: Store, profile: Path | None = None) -> list[dict[str, Any]]:
         what = f"pictures of scale {row['scale']}" + (f", {row['stage']}" if row["stage"] != "pretrain" else "")
         checks.append(_check(what, None if row["problem"] else True, detail))
     return checks + (examine_cluster(asked, store.root) if asked else [])
+
+
+def packages() -> list[dict[str, Any]]:
+    """Rows of `examine`: whether the packages are there, and new enough."""
+    return [_package(name, least) for name, least in NEEDED.items()]
 
 
 def pictures() -> list[dict[str, Any]]:
@@ -156,7 +161,7 @@ def _devices() -> dict[str, Any]:
         from sdae.provenance import environment
 
         found = environment()
-    except ImportError as error:
+    except (ImportError, AttributeError) as error:
         return _check("devices", False, f"torch cannot be imported: {error}")
     return _check("devices", True, f"{', '.join(found['gpus']) or 'no GPU'}; {found['cpu']}")
 

@@ -14,17 +14,18 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import socket
 import time
 import uuid
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from sdae.errors import UserError
-from sdae.store import Store, process_start, read_json, to_json, write_atomically
+from sdae.store import Store, flush, forget_dead, make_folder, process_start, read_record, to_json, write_atomically
 from slurm.cluster import me
 
 SUBMITTING = 600.0  # seconds that a submitter on another machine may take to call sbatch
@@ -103,10 +104,11 @@ class Ledger:
 
     def open(self) -> None:
         for folder in (self.links, self.root / "jobs", self.codes):
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error
+            make_folder(folder)
+        forget_dead(self.codes)
+        for path, _ in self.astray():
+            if not path.is_symlink():  # of a submitter that died before it had anything to hand over
+                shutil.rmtree(path, ignore_errors=True)
 
     # Who has a run
     def reservations(self) -> dict[str, Reservation]:
@@ -115,6 +117,8 @@ class Ledger:
         with contextlib.suppress(FileNotFoundError), os.scandir(self.links) as entries:
             for entry in entries:
                 identity, _, digits = entry.name.rpartition(".")
+                if not re.fullmatch(r"\d{1,9}", digits, re.ASCII):  # not one of ours
+                    continue
                 highest[identity] = max(highest.get(identity, 0), int(digits))
         found = {}
         for identity, number in highest.items():
@@ -145,9 +149,28 @@ class Ledger:
     def _tokens(self, identity: str) -> dict[int, str]:
         """By number, in order; without those that are taken back meanwhile."""
         found = {}
-        for number in sorted(int(link.name.rpartition(".")[2]) for link in self.links.glob(f"{identity}.*")):
+        ends = [link.name.rpartition(".")[2] for link in self.links.glob(f"{identity}.*")]
+        for number in sorted(int(digits) for digits in ends if re.fullmatch(r"\d{1,9}", digits, re.ASCII)):
             with contextlib.suppress(FileNotFoundError):
                 found[number] = os.readlink(self.links / f"{identity}.{number}")
+        return found
+
+    def waiting(self, store: Store) -> set[str]:
+        """The runs that are reserved and not done: Slurm may start them at any time."""
+        held = self.reservations().items()
+        return {i for i, reservation in held if reservation.token not in FREE and not store.run(i).done}
+
+    def astray(self) -> list[tuple[Path, str]]:
+        """Reservations whose array is not there, arrays that tell of no run; none that may just be on their way."""
+        found, late = [], time.time() - SUBMITTING
+        for identity, held in self.reservations().items():
+            if held.token not in FREE and held.time < late and not self.folder(held.token).is_dir():
+                found.append(
+                    (self.links / f"{identity}.{held.number}", f"points to the array {held.token}, which is not there")
+                )
+        for token in self.tokens():
+            if not (self.folder(token) / "submission.json").exists() and self.folder(token).stat().st_mtime < late:
+                found.append((self.folder(token), "an array that was never handed over"))
         return found
 
     def reserve(self, identity: str, after: Reservation, token: str) -> bool:
@@ -159,6 +182,13 @@ class Ledger:
         except OSError as error:
             raise UserError(f"{self.links}: cannot be written: {error.strerror or error}") from error
         return True
+
+    def keep(self) -> None:
+        """Makes the reservations durable: an array that Slurm has must not be handed over again after a power cut."""
+        try:
+            flush(self.links)
+        except OSError as error:
+            raise UserError(f"{self.links}: cannot be written: {error.strerror or error}") from error
 
     def forget(self, token: str, taken: Iterable[tuple[str, Reservation]]) -> None:
         """Takes back the reservations that an array did not use (each given with the one before it), and its folder."""
@@ -173,20 +203,27 @@ class Ledger:
         return []
 
     def folder(self, token: str) -> Path:
+        if not re.fullmatch(r"[\w-]*", token, re.ASCII):
+            raise UserError(f"{self.links}: {token!r} is not an array's token")
         return self.root / "jobs" / token
 
     def write(self, submission: Submission) -> None:
         write_atomically(self.folder(submission.token) / "submission.json", to_json(asdict(submission)))
 
     def read(self, token: str) -> Submission | None:
-        values = read_json(self.folder(token) / "submission.json")
-        if values is None:
+        """None where there is no record, or none that can be used; keys of a later version are left out."""
+        values = read_record(self.folder(token) / "submission.json")
+        try:
+            if values is None:
+                return None
+            known = {key.name: values[key.name] for key in fields(Submission) if key.name in values}
+            return Submission(**known | {"runs": {int(n): i for n, i in known["runs"].items()}})
+        except (KeyError, TypeError, ValueError, AttributeError):
             return None
-        return Submission(**{**values, "runs": {int(index): i for index, i in values["runs"].items()}})
 
     def write_runs(self, token: str, runs: dict[str, Any]) -> None:
         """By id: config, needs and feeds of the runs of an array."""
         write_atomically(self.folder(token) / "runs.json", json.dumps(runs))
 
     def runs(self, token: str) -> dict[str, Any]:
-        return read_json(self.folder(token) / "runs.json") or {}
+        return read_record(self.folder(token) / "runs.json") or {}

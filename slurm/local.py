@@ -321,7 +321,8 @@ class _Executor:
                 self._ended(run, "interrupted", "")
         elif not worker.ready:
             self.summary.states[run.id] = "ready"
-            raise UserError(f"a worker could not start: {words.splitlines()[-1] if words else f'exit code {code}'}")
+            reason = words.splitlines()[-1] if words else f"exit code {code}"
+            raise UserError(f"a worker could not start: {reason} (`sdae-cli doctor` checks this machine)")
         else:
             folder = self.store.run(run.id)
             if folder.done:

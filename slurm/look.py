@@ -168,8 +168,11 @@ def recorded(store: Store) -> list[PlannedRun]:
     runs = []
     for identity, token in held.items():
         if (order := orders[token].get(identity)) is not None:
+            lists = [order.get(key) for key in ("needs", "feeds")] if isinstance(order, dict) else [None]
+            if not all(isinstance(found, list) and all(isinstance(i, str) for i in found) for found in lists):
+                raise UserError(f"{ledger.folder(token) / 'runs.json'}: what it says of {identity} cannot be used")
             needs, feeds = tuple(order["needs"]), list(order["feeds"])
-            runs.append(PlannedRun(identity, parse(order["config"], identity), needs, feeds))
+            runs.append(PlannedRun(identity, parse(order.get("config"), identity), needs, feeds))
     return sorted(runs, key=lambda run: (len(run.needs), run.id))
 
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from sdae.config import STAGES
 from sdae.errors import UserError
-from sdae.yamls import explain, merge, read_yaml
+from sdae.yamls import explain, merge, read_yaml, shown
 
 UNLIMITED = 1_000_000  # tasks of an array at a time; submitit's own default is 256
 SEXAGESIMAL = re.compile(r"[-+]?[1-9][\d_]*(:[0-5]?\d)+(\.\d*)?")  # YAML 1.1 takes 1:30:00 for the number 5400
@@ -36,8 +36,8 @@ SET = {
 
 def to_minutes(text: str) -> int:
     """A time as sbatch takes it (90, 90:00, 1:30:00, 2-12, 2-12:00:00) or with units (1d12h, 4h, 30m), rounded up."""
-    if not re.fullmatch(r"(?=.)(\d+d)?(\d+h)?(\d+m)?|(\d+-)?\d+(:\d+){0,2}", text, re.ASCII):
-        raise ValueError(f"{text!r} is no time (allowed: minutes, minutes:seconds, 1:30:00, 2-12:00:00, 4h, 30m)")
+    if not re.fullmatch(r"(?=.)(\d{1,9}d)?(\d{1,9}h)?(\d{1,9}m)?|(\d{1,9}-)?\d{1,9}(:\d{1,9}){0,2}", text, re.ASCII):
+        raise ValueError(f"{shown(text)} is no time (allowed: minutes, minutes:seconds, 1:30:00, 2-12:00:00, 4h, 30m)")
     if units := re.findall(r"(\d+)([dhm])", text):
         return sum(int(number) * {"d": 1440, "h": 60, "m": 1}[unit] for number, unit in units)
     days, dash, clock = text.rpartition("-")

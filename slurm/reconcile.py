@@ -118,7 +118,7 @@ def judge(
         return Standing("started", task, detail=outcome)
     what = f"job {task.id if task else submission and submission.job}"
     told = f" ({task.state} is the last that sacct has)" if task else ""
-    return _failed("Lost", f"{what} is gone without a trace{told}", task, seen, held)
+    return _failed("Lost", f"{what} is gone without a trace{told}", task, seen)
 
 
 def _chosen(tasks: Sequence[Task], submission: Submission | None) -> Task | None:
@@ -162,9 +162,9 @@ def _ended(task: Task, seen: Seen, held: Reservation) -> Standing:
             kind, how = "Lost", "ended without a result"
         else:
             kind, how = "JobFailed", f"ended as {task.state} with exit code {task.code.partition(':')[0]}"
-        return _failed(kind, f"job {task.id} {how}; see its log", task, seen, held)
+        return _failed(kind, f"job {task.id} {how}; see its log", task, seen)
     where = f" on {task.node}" if task.node not in ("", "None assigned") else ""
-    return _failed(kind, f"job {task.id} ended as {task.state}{where}", task, seen, held)
+    return _failed(kind, f"job {task.id} ended as {task.state}{where}", task, seen)
 
 
 def _outcome(seen: Seen, held: Reservation) -> str:
@@ -181,7 +181,7 @@ def _signal(code: str) -> int:
     return second or (first % 128 if first % 128 in DEADLY else 0)
 
 
-def _failed(kind: str, message: str, task: Task | None, seen: Seen, held: Reservation) -> Standing:
+def _failed(kind: str, message: str, task: Task | None, seen: Seen) -> Standing:
     """Lost where the run is not to blame and gets on; else failed."""
     if kind in LOST:
         count = stalled(seen.notes, seen.step)

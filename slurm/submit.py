@@ -23,7 +23,7 @@ from ablations.planner import PlannedRun
 from sdae.config import Config, dump
 from sdae.errors import UserError
 from sdae.released import located
-from sdae.store import Store, write_atomically
+from sdae.store import Store, flush, make_folder, write_atomically
 from slurm.cluster import Busy, Limits, Refused, Slurm
 from slurm.job import SweepJob
 from slurm.ledger import Ledger, Reservation, Submission, job_name, new_token
@@ -282,11 +282,15 @@ class _Sender:
     def _write(self, profile: Profile) -> Submission:
         """All that the array needs, the record of its submission last."""
         resources, folder = self.array.resources, self.ledger.folder(self.token)
+        self.ledger.keep()
+        make_folder(folder)
+        folder.chmod(0o711)  # nobody else lists or changes it; others of a shared store open the record by its name
         try:
-            folder.mkdir(parents=True)
             job = DelayedSubmission(SweepJob(str(self.store.root.absolute()), self.token))
             job.set_timeout(resources.minutes, REQUEUES)
             job.dump(folder / "job.pkl")
+            (folder / "job.pkl").chmod(0o600)  # it is unpickled: nobody else reads or writes it
+            flush(folder / "job.pkl")
         except OSError as error:
             raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error
         runs = self.array.runs

@@ -70,7 +70,8 @@ def run(
             return {"outcome": outcome, "message": str(error)}
         except BaseException as error:
             traceback.print_exc()
-            if folder.failure() == before:
+            # A RunFailed has told why; that is gone where somebody has retried the run since
+            if not isinstance(error, RunFailed) and folder.failure() == before:
                 folder.fail(type(error).__name__, str(error), traceback.format_exc())
             message = str(error) if isinstance(error, RunFailed) else f"{type(error).__name__}: {error}"
             return {"outcome": "failed", "message": message}

@@ -507,7 +507,7 @@ def patched() -> Iterator[None]:
         (os, "getpid", lambda: LAB.world.pid()),
         (os, "fsync", lambda _: None),
         (PurePath, "__truediv__", joined),
-        (sdae.store, "sync_folder", lambda _: None),
+        (sdae.store, "flush", lambda _: None),
         (sdae.store, "yaml", SimpleNamespace(safe_dump=lambda values, **_: json.dumps(values))),  # YAML, but faster
         (slurm.job, "print", lambda *_, **__: None),
         (slurm.job, "signal", SimpleNamespace(**(vars(signal) | {"getsignal": handler, "signal": handle}))),

@@ -279,7 +279,7 @@ BAD = {
     "seed": (OWN.replace("recipe: sdae,", "recipe: sdae, seed: 3,"), "seed: is set by --seeds"),
     "paper": (OWN.replace("paper: {ratio-0.75", "paper: {ratio-0.85"), "paper.ratio-0.85.top1: no such cell"),
     "no checkpoint": (OWN.replace("{run: pretrain}", "{run: pretrain, epoch: 30}"), "init.epoch: 30 of 100"),
-    "not a mapping": ("- 1\n", "valid dictionary"),
+    "not a mapping": ("- 1\n", "[1]: expected a mapping of keys"),
 }  # fmt: skip
 
 

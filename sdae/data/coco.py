@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from array import array
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from sdae.errors import UserError
 
+MOST_CATEGORIES = 2**15 - 1
 THINNEST = 1.0  # pixels; a box with a shorter side is degenerate
 
 
@@ -89,7 +91,10 @@ def parsed(file: str, stamp: tuple[int, int], skip: bool) -> Annotations:
         categories = sorted((int(c["id"]), str(c["name"])) for c in content["categories"])
         facts = ((int(p["id"]), str(p["file_name"]), int(p["height"]), int(p["width"])) for p in content["images"])
         images = sorted(facts)
-    except (KeyError, TypeError, ValueError) as error:
+        _possible(images, len(categories))
+    except Broken as error:
+        raise UserError(f"{where}: {error}") from None
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{where}: images want id, file_name, height, width; categories id, name ({error!r})") from None
     for what, ids in (("categories", [c[0] for c in categories]), ("images", [p[0] for p in images])):
         if len(set(ids)) < len(ids):
@@ -129,6 +134,18 @@ def parsed(file: str, stamp: tuple[int, int], skip: bool) -> Annotations:
     )  # fmt: skip
 
 
+def _possible(images: list[tuple[int, str, int, int]], categories: int) -> None:
+    """Raises `Broken` for what no folder of pictures can hold: a name must not lead out of the folder."""
+    if categories > MOST_CATEGORIES:
+        raise Broken(f"{categories:,} categories (allowed: {MOST_CATEGORIES:,})")
+    for identity, name, height, width in images:
+        if not name or "\0" in name or os.path.isabs(name) or ".." in name.split("/"):
+            raise Broken(f"image {identity}: its file_name {name[:200]!r} is none of a file in the folder")
+        name.encode()
+        if not (0 < height < 2**31 and 0 < width < 2**31 and abs(identity) < 2**63):
+            raise Broken(f"image {identity}: {width} x {height} pixels, or an id above 63 bits")
+
+
 def _known(annotation: Any, key: str, known: dict[int, int]) -> int:
     if not isinstance(annotation, dict):
         raise Broken("not a mapping of keys")
@@ -142,7 +159,7 @@ def _box(annotation: dict[str, Any]) -> tuple[list[float], float]:
     try:
         box = [float(x) for x in annotation["bbox"]]
         area = float(annotation.get("area", box[2] * box[3]))
-    except (KeyError, TypeError, ValueError, IndexError):
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError):
         raise Broken("bbox must be four numbers: x, y, width, height") from None
     if len(box) != 4 or not all(map(math.isfinite, (*box, area))):
         raise Broken("bbox must be four numbers: x, y, width, height")
@@ -167,8 +184,9 @@ def _outlines(segmentation: Any, height: int, width: int) -> tuple[bool, list[An
         if len(polygon) < 6 or len(polygon) % 2:
             raise Broken(f"a polygon of {len(polygon) / 2:g} points (at least 3)")
         try:
-            numbers = bool(np.isfinite(np.asarray(polygon, np.float64)).all())
-        except (TypeError, ValueError):
+            points = np.asarray(polygon, np.float64)
+            numbers = points.ndim == 1 and bool(np.isfinite(points).all())
+        except (TypeError, ValueError, OverflowError):
             numbers = False
         if not numbers:
             raise Broken("a polygon must be numbers x, y, x, y ..")
@@ -178,6 +196,8 @@ def _outlines(segmentation: Any, height: int, width: int) -> tuple[bool, list[An
 def run_lengths(text: str) -> list[int]:
     """COCO's string of run lengths: six bits a character, five of them digits, the lowest first; from the fourth number
     on, differences to the last but one. Raises `Broken`."""
+    if not text.isascii():
+        raise Broken("RLE counts are no string of COCO's")
     codes = np.frombuffer(text.encode(), np.uint8).astype(np.int64) - 48
     ends = np.flatnonzero((codes & 32) == 0)
     if not len(codes) or ((codes < 0) | (codes > 63)).any() or not len(ends) or ends[-1] != len(codes) - 1:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import struct
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -24,6 +26,9 @@ from sdae.data.randomness import permutation
 from sdae.errors import BrokenInput, UserError
 from sdae.sections import Data
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 try:  # twice as fast as Pillow, deprecated since torchvision 0.29
     from torchvision.io import ImageReadMode, decode_image
 except ImportError:
@@ -31,6 +36,7 @@ except ImportError:
 
 Split = Literal["train", "val"]
 TINY = 64  # side of Tiny-ImageNet's pictures
+MOST_PIXELS = 2**26  # of a picture: 64 megapixels take some 0.8 GiB while they are decoded
 PARTS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python", "stl10": "stl10_binary"}
 
 
@@ -120,19 +126,56 @@ def content_of(path: str) -> NDArray[np.uint8]:
 def decode(content: NDArray[np.uint8], name: str) -> Tensor:
     """The bytes of a picture file (a writable array, which is only read) as uint8 RGB (3, H, W). The one place where
     pictures are decoded. Raises `UnreadableError`, which names `name`."""
-    if len(content) and decode_image is not None:
+    size = jpeg_size(content)
+    if decode_image is not None and size is not None and size[0] * size[1] <= MOST_PIXELS:
         with contextlib.suppress(RuntimeError):
             image: Tensor = decode_image(torch.from_numpy(content), ImageReadMode.RGB)
             if image.dtype == torch.uint8 and image.shape[0] == 3:
                 return image
-    try:  # rarer formats and modes (16 bit, BMP, TIFF)
-        from PIL import Image
-
-        with Image.open(io.BytesIO(content.tobytes())) as opened:
-            return torch.from_numpy(np.array(opened.convert("RGB"))).permute(2, 0, 1).contiguous()
+    try:  # the other formats; torchvision's decoder of PNG ends the process at a damaged one
+        with opened(io.BytesIO(content.tobytes())) as picture:
+            return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).contiguous()
     except Exception as error:
-        reason = "not a picture" if "cannot identify" in str(error) else " ".join(str(error).split())
-        raise UnreadableError(f"{name}: broken picture: {reason}") from None
+        raise UnreadableError(f"{name}: broken picture: {reason_of(error)}") from None
+
+
+def jpeg_size(content: NDArray[np.uint8]) -> tuple[int, int] | None:
+    """Width and height as a JPEG's frame says them, before anything is decoded; None: no JPEG, or an odd one."""
+    head, at = memoryview(content.data), 2
+    if bytes(head[:2]) != b"\xff\xd8":
+        return None
+    while at + 9 <= len(head) and head[at] == 0xFF:
+        kind = head[at + 1]
+        if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):
+            height, width = struct.unpack(">HH", head[at + 5 : at + 9])
+            return (width, height) if width and height else None
+        at += 1 if kind == 0xFF else 2 + (head[at + 2] << 8 | head[at + 3])
+    return None
+
+
+@lru_cache
+def _pillow() -> Any:
+    """Pillow's `Image`: its own limit of pixels is off, as ours is lower; what it warns of goes nowhere."""
+    from PIL import Image
+
+    Image.MAX_IMAGE_PIXELS = None
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    return Image
+
+
+def opened(source: str | io.BytesIO) -> Image.Image:
+    """A picture that Pillow opens, no pixel of it read yet. ValueError where there are too many."""
+    picture = _pillow().open(source)
+    if picture.width * picture.height > MOST_PIXELS:
+        picture.close()
+        raise ValueError(f"{picture.width:,} x {picture.height:,} pixels (allowed: {MOST_PIXELS:,})")
+    return picture  # type: ignore[no-any-return]
+
+
+def reason_of(error: Exception) -> str:
+    """What Pillow, or one of its decoders, did not like, in one line."""
+    said = " ".join(str(error).split()) or type(error).__name__
+    return "not a picture" if "cannot identify" in said else said
 
 
 def open_dataset(data: Data, split: Split) -> Dataset:

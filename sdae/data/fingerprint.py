@@ -53,7 +53,9 @@ def folder_of(data: Pictures) -> Path:
         raise UserError(f"data.path: {data.name} needs a folder{layout}")
     path = os.path.expanduser(os.path.expandvars(data.path))
     if unset := re.search(r"\$\{?\w+\}?", path):
-        raise UserError(f"data.path: {data.path}: the variable {unset[0]} is not set")
+        raise UserError(
+            f"data.path: {data.path}: the variable {unset[0]} is not set: export it, or say where the pictures are with --data or data.path"
+        )
     return Path(path)
 
 
@@ -172,8 +174,10 @@ def manifest(root: Path, sizes: bool = True) -> dict[str, Any]:
     found = read_json(file)
     if not isinstance(found, dict) or found.get("digest") != manifest_digest(found):
         raise UserError(f"data.path: {file}: damaged (pack the pictures again)")
-    if found["format"] != PACKED_FORMAT:
-        raise UserError(f"data.path: {file}: format {found['format']} is unknown (allowed: {PACKED_FORMAT})")
+    if found.get("format") != PACKED_FORMAT:
+        raise UserError(f"data.path: {file}: format {found.get('format')} is unknown (allowed: {PACKED_FORMAT})")
+    if not _is_manifest(found):
+        raise UserError(f"data.path: {file}: does not tell of packed pictures (pack the pictures again)")
     for name, facts in found["files"].items() if sizes else ():
         try:
             size = os.stat(root / name).st_size
@@ -182,6 +186,25 @@ def manifest(root: Path, sizes: bool = True) -> dict[str, Any]:
         if size != facts["bytes"]:
             raise UserError(f"data.path: {root / name}: {size:,} bytes, the manifest says {facts['bytes']:,}")
     return found
+
+
+def _is_manifest(found: dict[str, Any]) -> bool:
+    """Whether all is there and of its type, and every file lies in the folder itself: the digest proves no origin."""
+    try:
+        classes, files = found["classes"], found["files"]
+        whole = bool(classes) and all(isinstance(name, str) for name in classes) and isinstance(classes, list)
+        whole &= found["form"] in ("shards", "raw") and isinstance(found["side"], int) and 0 < found["side"] <= 4096
+        whole &= isinstance(found["skipped"], list)
+        for split in SPLITS:
+            counts, parts = found["counts"][split], found["parts"][split]
+            whole &= len(counts) == len(classes) and all(type(n) is int and 0 < n < 2**40 for n in counts)
+            whole &= isinstance(parts, list) and all(part in files for part in [*parts, f"{split}.npy"])
+        for name, facts in files.items():
+            whole &= os.path.basename(name) == name and name not in ("", ".", "..") and "\0" not in name
+            whole &= type(facts["bytes"]) is int and isinstance(facts["sha256"], str)
+        return whole
+    except (KeyError, TypeError, AttributeError):
+        return False
 
 
 def manifest_digest(values: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor
 from sdae.data import crop
 from sdae.data.datasets import Dataset, Files, Split, decode
 from sdae.data.fingerprint import Listing, folder_of, manifest
+from sdae.errors import UserError
 from sdae.sections import Data
 
 
@@ -128,6 +129,26 @@ class Mapped(Dataset):
         return Mapped(self.packed.take(chosen), labels, self.classes, self.side)
 
 
+def index_of(root: Path, split: str, facts: dict[str, Any]) -> str:
+    """The name of a split's index, proved to be one of the manifest's files and pictures. Raises `UserError`."""
+    name, parts = f"{split}.npy", facts["parts"][split]
+    try:
+        index = np.load(root / name, mmap_mode="r", allow_pickle=False)
+        ends = np.array([facts["files"][part]["bytes"] for part in parts], np.int64)
+        part, offset, length = (index[key].astype(np.int64) for key in ("part", "offset", "length"))
+        whole = index.shape == (sum(facts["counts"][split]),) and index["name"].dtype.kind == "S"
+        whole = whole and bool(((part >= 0) & (part < len(parts))).all())
+        whole = whole and bool(((offset >= 0) & (length > 0) & (length <= ends[part] - offset)).all())
+        whole = whole and bool(((index["height"] > 0) & (index["width"] > 0)).all())
+        if facts["form"] == "raw":
+            whole = whole and bool((length == 3 * facts["side"] ** 2).all())
+    except Exception:  # whatever the text of an array's head leads to
+        whole = False
+    if not whole:
+        raise UserError(f"data.path: {root / name}: not the index of the files beside it (pack the pictures again)")
+    return name
+
+
 def open_packed(data: Data, split: Split, found: Listing) -> Shards | Mapped:
     """The pictures of one split in a packed folder, class by class as `found` counts them. Raises `UserError`."""
     root = folder_of(data)
@@ -136,7 +157,7 @@ def open_packed(data: Data, split: Split, found: Listing) -> Shards | Mapped:
     counts = found.counts[split]
     rows = np.concatenate([start + np.arange(count) for start, count in zip(starts, counts, strict=False)])
     labels = torch.from_numpy(np.repeat(np.arange(len(counts)), counts))
-    packed = Packed(root, f"{split}.npy", facts["parts"][split], rows)
+    packed = Packed(root, index_of(root, split, facts), facts["parts"][split], rows)
     if facts["form"] == "raw":
         return Mapped(packed, labels, list(found.classes), facts["side"])
     return Shards(packed, labels, list(found.classes))

@@ -19,9 +19,11 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
@@ -31,7 +33,7 @@ from numpy.typing import NDArray
 from sdae.data.fingerprint import MANIFEST, PACKED_FORMAT, SPLITS, manifest, manifest_digest, pictures_of, scan
 from sdae.data.randomness import permutation
 from sdae.errors import UserError
-from sdae.store import read_json, sync_folder, to_json, write_atomically
+from sdae.store import flush, make_folder, read_json, read_record, to_json, write_atomically
 
 Form = Literal["shards", "raw"]
 OnError = Literal["raise", "skip"]
@@ -210,10 +212,12 @@ def _changed(job: Job, what: str) -> UserError:
 
 def _plan(job: Job, classes: tuple[str, ...], source: Source, part_bytes: int) -> tuple[dict[str, Any], bool]:
     """The plan of the packing that was begun in `out`, or a new one, and whether it is new. Writes nothing."""
-    plan = read_json(job.out / UNFINISHED / "plan.json")
+    plan = read_record(job.out / UNFINISHED / "plan.json")
     digests = _digests(classes, source)
     if plan is not None:
         _same_job(job, plan)
+        if not isinstance(plan.get("digests"), dict) or not isinstance(plan.get("per_part"), int):
+            raise _changed(job, "what was begun cannot be read: something has changed")
         if odd := [n for n in sorted(digests | plan["digests"]) if digests.get(n) != plan["digests"].get(n)]:
             raise _changed(job, f"{odd[0]} has changed")
         return plan, False
@@ -270,8 +274,8 @@ def _finished(job: Job) -> dict[str, Any]:
 def _locked(job: Job, plan: dict[str, Any] | None) -> Iterator[None]:
     """One packer at a time; the lock goes with its process. plan: written where it is new."""
     folder = job.out / UNFINISHED
+    make_folder(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / "lock", "ab")  # noqa: SIM115 (it lives as long as the packing)
     except OSError as error:
         raise UserError(f"--out {job.out}: cannot be written: {error.strerror or error}") from None
@@ -309,8 +313,6 @@ _parent = 0
 
 def _begin(pictures: Any, stop: Any) -> None:
     global _pictures, _stop, _parent
-    import signal
-
     import torch
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the packer tells its workers itself
@@ -338,6 +340,12 @@ def _pack(parts: list[Part], workers: int, progress: Progress) -> list[dict[str,
         return notes
     context = multiprocessing.get_context("forkserver")  # a fork of a process with threads may hang
     context.set_forkserver_preload(["sdae.data.datasets"])  # torch is imported once for all of them
+    resource_tracker.ensure_running()  # it would take the mask off again
+    heard = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited: a Ctrl-C is the packer's alone
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, heard)
     pictures, stop = context.Value("q", 0), context.Event()
     with ProcessPoolExecutor(workers, context, _begin, (pictures, stop)) as pool:
         try:
@@ -368,7 +376,7 @@ def make_part(part: Part, told: Callable[[int], None] | None = None) -> dict[str
             os.fsync(file.fileno())
         note["file"] = f"{part.stem}-{note['sha256'][:16]}.{SUFFIX[job.form]}"
         os.replace(half, job.out / note["file"])
-        sync_folder(job.out)
+        flush(job.out)
     except OSError as error:
         raise UserError(
             f"{job.out}: cannot be written: {error.strerror or error}; the same command goes on when it can"

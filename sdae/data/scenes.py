@@ -12,12 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from sdae.data import builtin
-from sdae.data.datasets import UnreadableError, read
+from sdae.data.datasets import UnreadableError, opened, read, reason_of
 from sdae.data.loader import statistics
 from sdae.data.randomness import SCENE, uniform
 from sdae.data.segmentation import FOLDERS, IGNORE, Split, annotation_of
@@ -114,13 +113,12 @@ class BuiltinScenes(SegmentSet):
 def read_labels(path: str, classes: int) -> Tensor:
     """A label map file as it is stored: int64 (H, W), 0..classes. Raises `UnreadableError`."""
     try:
-        with Image.open(path) as opened:
-            mode, stored = opened.mode, np.array(opened).astype(np.int64)
+        with opened(path) as picture:
+            mode, stored = picture.mode, np.array(picture).astype(np.int64)
     except FileNotFoundError:
         raise UnreadableError(f"{path}: no such label map") from None
     except Exception as error:  # Pillow raises what its decoders lead to
-        reason = "not a picture" if "cannot identify" in str(error) else " ".join(str(error).split())
-        raise UnreadableError(f"{path}: broken label map: {reason}") from None
+        raise UnreadableError(f"{path}: broken label map: {reason_of(error)}") from None
     if mode not in MODES:
         raise UnreadableError(f"{path}: a label map has one channel of 8 or 16 bits, this one is {mode}")
     highest = int(stored.max(initial=0))

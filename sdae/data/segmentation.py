@@ -8,6 +8,7 @@ for all seeds, since neighbours in a folder may be frames of one film.
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -81,8 +82,8 @@ def classes_of(root: Path, name: str) -> tuple[str, ...]:
         index, *others = line.split("\t")
         if not line.strip() or index == "Idx":  # objectInfo150.txt has a line of headings, and more columns
             continue
-        if not index.isdigit() or not others or int(index) in names:
-            raise UserError(f"data.path: {file} line {number}: {line!r} is not INDEX<TAB>NAME of another class")
+        if not re.fullmatch(r"\d{1,9}", index, re.ASCII) or not others or int(index) in names:
+            raise UserError(f"data.path: {file} line {number}: {line[:200]!r} is not INDEX<TAB>NAME of another class")
         names[int(index)] = others[-1].strip()
     names.pop(0, None)  # "not labelled"
     if sorted(names) != list(range(1, len(names) + 1)) or not 2 <= len(names) <= MOST_CLASSES:

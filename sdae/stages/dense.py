@@ -141,11 +141,11 @@ def load_trained(
     folder: RunFolder, stage: str, network: Callable[[Any, int], nn.Module]
 ) -> tuple[Any, nn.Module, list[str]]:
     """Config, network (on the CPU, in eval mode) and class names of a finished run. Raises `UserError`."""
-    config, result = folder.config(), folder.result()
-    if config is None or result is None or config.stage != stage:
+    config, result = folder.config(), folder.outcome()
+    if config is None or config.stage != stage:
         raise UserError(f"{folder.path}: not a finished run of the stage {stage}")
-    name = "model.safetensors"
-    weights, metadata = checkpoints.load_weights(folder.checkpoints / name, result["weights"][name])
-    module = network(config, len(metadata["classes"]))
+    weights, classes = checkpoints.load_model(folder, result)
+    checkpoints.must_fit(weights, lambda: network(config, len(classes)), str(folder.path))
+    module = network(config, len(classes))
     module.load_state_dict(weights)
-    return config, module.eval(), metadata["classes"]
+    return config, module.eval(), classes

@@ -5,19 +5,24 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
-import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from sdae.errors import UserError
-from sdae.store import read_json, sync_folder, to_json, write_atomically
+from sdae.released import header_size
+from sdae.store import RunFolder, read_json, to_json, write_atomically, written
+from sdae.upkeep import pruned as pruned_of
 
 KEPT = 2
+KINDS = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.bool: "BOOL",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
+}  # fmt: skip  # as safetensors calls them
 
 
 def checksum(path: Path) -> str:
@@ -25,54 +30,81 @@ def checksum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
-
-
 def save_weights(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> str:
-    """Writes a safetensors file by temporary name and rename; returns its sha256."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    flat = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-    try:
-        save_file(flat, temporary, metadata={key: json.dumps(value) for key, value in metadata.items()})
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # safetensors keeps its files to their owner; a store may be shared
-        digest = checksum(temporary)
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except (OSError, SafetensorError) as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written: {error}") from error
-    return digest
+    """Writes a safetensors file by temporary name and rename; returns its sha256.
+
+    safetensors' own `save_file` is not used: killed, it leaves a temporary file under a name that nobody knows, and the
+    order of its metadata is not fixed. Here the same tensors and metadata give the same bytes.
+    """
+    flat = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))  # aligned, as the format asks
+    header: dict[str, Any] = {"__metadata__": {key: json.dumps(value) for key, value in sorted(metadata.items())}}
+    end = 0
+    for name, tensor in flat:
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": KINDS[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with written(path) as file:
+        for part in (len(text).to_bytes(8, "little") + text, *(tensor for _, tensor in flat)):
+            content = part if isinstance(part, bytes) else memoryview(_bytes(part).numpy())  # type: ignore[arg-type]
+            file.write(content)
+            digest.update(content)
+    return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
 
 
 def load_weights(path: Path, digest: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and metadata of a safetensors file. A torn or changed file is a `UserError`."""
     try:
+        header_size(path)
         if digest is not None and checksum(path) != digest:
             raise UserError(f"{path}: torn or changed since it was written (its sha256 differs from the recorded one)")
         with safe_open(path, "pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             metadata = dict(file.metadata() or {})
     except FileNotFoundError:
-        raise UserError(f"{path}: no such checkpoint") from None
+        removed = path.name in pruned_of(RunFolder(path.parent.parent))
+        cure = f": `results prune` removed it; remove {path.parent.parent} and run it again to have it"
+        raise UserError(f"{path}: no such checkpoint{cure if removed else ''}") from None
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: not a whole safetensors file: {error}") from None
     decoded: dict[str, Any] = {}
     for key, value in metadata.items():
         try:
             decoded[key] = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             decoded[key] = value
     return tensors, decoded
 
 
+def load_model(folder: RunFolder, result: dict[str, Any]) -> tuple[dict[str, Tensor], list[str]]:
+    """The network and the class names of a finished run with labels, checksum proved. Raises UserError."""
+    file = folder.checkpoints / "model.safetensors"
+    tensors, metadata = load_weights(file, result["weights"].get(file.name))
+    classes = metadata.get("classes")
+    if not isinstance(classes, list) or not classes or not all(isinstance(name, str) for name in classes):
+        raise UserError(f"{file}: its metadata names no classes")
+    return tensors, classes
+
+
+def must_fit(tensors: dict[str, Tensor], network: Callable[[], nn.Module], where: str) -> None:
+    """Proves that tensors are those of a network, before that takes memory. Raises UserError."""
+    with torch.device("meta"):
+        wanted = {name: tuple(value.shape) for name, value in network().state_dict().items()}
+    given = {name: tuple(value.shape) for name, value in tensors.items()}
+    if wanted != given:
+        odd = min(name for name in wanted.keys() | given.keys() if wanted.get(name) != given.get(name))
+        there, asked = (str(shapes.get(odd, "not there")) for shapes in (given, wanted))
+        raise UserError(f"{where}: weights of another network: {odd} is {there}, its config wants {asked}")
+
+
 def save_state(folder: Path, step: int, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
     """The state from which a run goes on; its checksum, written last, makes it valid. Keeps the previous one too."""
+    RunFolder(folder.parent).sync_metrics()
     path = folder / f"state-{step:08d}.safetensors"
     digest = save_weights(path, tensors, {**metadata, "step": step})
     write_atomically(path.with_suffix(".sha256.json"), to_json({"sha256": digest}))
@@ -97,5 +129,7 @@ def load_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
 
 
 def forget_states(folder: Path) -> None:
+    """Of a run that is done; what cannot be removed now goes when the run is called again."""
     for path in folder.glob("state-*"):
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)

@@ -1,0 +1,153 @@
+"""Files of a store: written whole or not at all, durable, and no litter of dead processes."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import re
+import shutil
+import socket
+import time
+import uuid
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from sdae.errors import UserError
+
+OWNER = re.compile(r"\.(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-(?P<start>\w+)\.[0-9a-f]{8}\.tmp$")  # of a temporary file
+ABANDONED_SECONDS = 86400.0  # no file is being written for longer than that
+
+
+@contextlib.contextmanager
+def written(path: Path) -> Iterator[IO[bytes]]:
+    """A file that takes the place of `path` when it is whole, also after a power cut. Errors name `path` and leave
+    nothing behind; what a process left that was killed in here goes when the next one writes the same file."""
+    temporary = temporary_of(path)
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        forget_dead(path.parent, path.name)  # before the flush: they must not come back alone
+        flush(path.parent)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise UserError(f"{path}: cannot be written: {why(error)}") from error
+        raise
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """The whole file or none of it: `written`."""
+    with written(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+def temporary_of(path: Path) -> Path:
+    """A new name beside `path`, which tells whose it is: machine, process, when that began."""
+    owner = f"{_machine()}-{os.getpid()}-{process_start(os.getpid())}"
+    return path.with_name(f".{path.name}.{owner}.{uuid.uuid4().hex[:8]}.tmp")
+
+
+def forget_dead(folder: Path, name: str = "") -> None:
+    """Removes the temporary files and folders, of `name` or of all, that dead processes of this machine have left; and
+    what is a day old, whoever made it."""
+    with contextlib.suppress(OSError):
+        for entry in os.listdir(folder):
+            if entry.startswith(f".{name}") and entry.endswith(".tmp"):
+                path = folder / entry
+                with contextlib.suppress(OSError):
+                    if abandoned(path):
+                        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def abandoned(path: Path) -> bool:
+    """Whether nobody goes on writing a temporary file. OSError where it is gone."""
+    if (owner := OWNER.search(path.name)) and owner["machine"] == _machine():
+        return process_start(int(owner["pid"])) != owner["start"]
+    return time.time() - path.lstat().st_mtime > ABANDONED_SECONDS
+
+
+def _machine() -> str:
+    return f"{zlib.crc32(socket.gethostname().encode()):08x}"
+
+
+def make_folder(folder: Path, wrong: str = "cannot be written") -> None:
+    """With those above it, durable. UserError, with the words `wrong`, where it cannot be made."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in missing:
+            flush(path.parent)
+    except OSError as error:
+        raise UserError(f"{folder}: {wrong}: {why(error)}") from error
+
+
+def why(error: OSError) -> str:
+    """What the system says, and what to do next."""
+    advice = {
+        **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room, then the same command goes on"),
+        **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "name a folder that you may write to"),
+    }
+    said = error.strerror or str(error)
+    return f"{said} ({advice[error.errno]})" if error.errno in advice else said
+
+
+def flush(path: Path) -> None:
+    """Makes durable what was written to a file, or what names are in a folder. Where the file system lets no folder be
+    opened or flushed, there is nothing to do. OSError."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def to_json(value: Any) -> str:
+    return json.dumps(value, indent=1, sort_keys=False, allow_nan=False, default=str) + "\n"
+
+
+def read_json(path: Path) -> Any:
+    """The content, or None where the file is absent or torn (a copy cut off by something other than us)."""
+    try:
+        return json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, RecursionError):
+        return None
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """The keys and values of a JSON file, or None where it is absent, torn or something else."""
+    found = read_json(path)
+    return found if isinstance(found, dict) else None
+
+
+def no_link(path: str, flags: int) -> int:
+    """Opens a log, but not through a link that would lead out of the store."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
+def process_start(pid: int) -> str | None:
+    """When a process of this machine began (so that a reused pid is not taken for the old process), or None."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if fields[0] in ("Z", "X") else fields[19]
+    except (OSError, IndexError):
+        if os.path.isdir("/proc/self"):
+            return None
+        try:  # no /proc (macOS): a pid is all there is
+            os.kill(pid, 0)
+            return "alive"
+        except OSError:
+            return None

@@ -1,0 +1,130 @@
+"""Commands are killed and their disks, power and clocks taken away; the same command again must end as if nothing had
+been. `python tests/crash_campaign.py --out FILE --kills N --seed S [--seconds T]`; called again it goes on.
+
+Case after case is drawn from the seed. In turn: each fault at every operation of a command, in random order, none twice
+before all have had their turn. Every third case is random: up to three faults in a row, each in a call of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import random
+import sys
+import tempfile
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from crash.commands import Command, commands
+from crash.harness import FAULTS, Fault, Yard, compiler
+
+from sdae import provenance
+from sdae.store import write_atomically
+
+MEMORY = Path("/dev/shm")  # nothing is flushed to a disk there, so flushing costs nothing
+Case = dict[str, Any]
+Plan = list[tuple[Fault, int]]
+
+
+def schedule(yard: Yard, chosen: dict[str, Command], seed: int) -> Iterator[tuple[str, Command, Plan]]:
+    """Cases without end: a name, the command, its faults and at which operations."""
+    turns: dict[tuple[str, str], tuple[random.Random, list[int]]] = {}
+    for number in itertools.count():
+        draw = random.Random(f"{seed} {number}")
+        (command,) = draw.choices([*chosen.values()], [command.weight for command in chosen.values()])
+        count = yard.prepare(command)
+        faults = draw.choices([*FAULTS.values()], [fault.weight for fault in FAULTS.values()], k=3)
+        if number % 3 == 2:
+            plan = [(fault, draw.randint(1, count)) for fault in faults[: draw.randint(1, 3)]]
+        else:
+            key = (command.name, faults[0].name)
+            own, left = turns.setdefault(key, (random.Random(f"{seed} {key}"), []))
+            if not left:
+                left += own.sample(range(1, count + 1), count)
+            plan = [(faults[0], left.pop())]
+        yield f"{number}", command, plan
+
+
+def run(
+    yard: Yard, seed: int, kills: int, seconds: float, chosen: dict[str, Command], done: dict[str, Case]
+) -> Iterator[tuple[str, Case]]:
+    """Cases that are not done yet, until there were so many kills or so many seconds have passed."""
+    end = time.monotonic() + seconds
+    for name, command, faults in schedule(yard, chosen, seed):
+        if sum(killed(case) for case in done.values()) >= kills or time.monotonic() > end:
+            return
+        if name not in done:
+            began = time.monotonic()
+            struck: list[int] = []
+            wrong = yard.case(command, faults, random.Random(f"{seed} {name}"), struck)
+            yield name, {
+                "command": command.name, "faults": [[fault.name, at] for fault, at in faults], "struck": struck,
+                "wrong": wrong,
+                "seconds": round(time.monotonic() - began, 2),
+            }  # fmt: skip
+
+
+def killed(case: Case) -> int:
+    """How many of its faults ended a process; not those whose operation was never come to."""
+    return sum(FAULTS[name].kills and at > 0 for (name, _), at in zip(case["faults"], case["struck"], strict=True))
+
+
+def report(seed: int, counts: dict[str, int], cases: dict[str, Case]) -> dict[str, Any]:
+    """Counts by command and fault, how many operations were struck, what failed, and where this was made."""
+    table: dict[str, Counter[str]] = defaultdict(Counter)
+    struck: dict[str, set[int]] = defaultdict(set)
+    for case in cases.values():
+        for (fault, _), at in zip(case["faults"], case["struck"], strict=True):
+            if at:
+                table[case["command"]][fault] += 1
+                struck[case["command"]].add(at)
+    origin = {k: v for k, v in provenance.record().items() if k not in ("diff", "host", "slurm", "command", "platform")}
+    return {
+        "seed": seed, "cases": len(cases), "faults": sum(map(Counter.total, table.values())),
+        "kills": sum(map(killed, cases.values())), "failed": sum(bool(case["wrong"]) for case in cases.values()),
+        "by_command": {name: dict(sorted(faults.items())) for name, faults in sorted(table.items())},
+        "operations": {name: {"all": counts[name], "struck": len(struck[name])} for name in sorted(struck)},
+        "failures": {name: case for name, case in cases.items() if case["wrong"]},
+        "origin": origin, "done": cases,
+    }  # fmt: skip
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="JSON; a case that is in it is not run again")
+    parser.add_argument("--kills", type=int, default=500, help="that are to be done, other faults aside")
+    parser.add_argument("--seed", type=int, default=random.randrange(2**32))
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="end after so many")
+    parser.add_argument("--only", nargs="*", choices=sorted(commands()), help="only these commands")
+    options = parser.parse_args(words)
+    if compiler() is None:
+        print("crash campaign: skipped, this needs Linux and a C compiler")
+        return 0
+    before = json.loads(options.out.read_text()) if options.out.exists() else {"seed": options.seed, "done": {}}
+    seed, cases = before["seed"], before["done"]
+    counts = {name: entry["all"] for name, entry in before.get("operations", {}).items()}
+    began, known = time.monotonic(), len(cases)
+    chosen = {name: command for name, command in commands().items() if not options.only or name in options.only}
+    home = MEMORY if os.access(MEMORY, os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="sdae-crash-", dir=home) as folder, Yard(Path(folder).resolve()) as yard:
+        for name, case in run(yard, seed, options.kills, options.seconds, chosen, cases):
+            cases[name] = case
+            counts |= yard.counts
+            write_atomically(options.out, json.dumps(report(seed, counts, cases), indent=1) + "\n")
+            for line in case["wrong"]:
+                print(f"{name} {case['command']} {case['faults']}: {line}", file=sys.stderr)
+    found = report(seed, counts, cases)
+    print(
+        f"crash campaign, seed {seed}: {found['kills']} kills and {found['faults'] - found['kills']} other faults in "
+        f"{found['cases']} cases ({len(cases) - known} now, {time.monotonic() - began:.0f} s), {found['failed']} failed"
+    )
+    return 1 if found["failed"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
