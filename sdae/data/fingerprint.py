@@ -54,7 +54,8 @@ def folder_of(data: Pictures) -> Path:
     path = os.path.expanduser(os.path.expandvars(data.path))
     if unset := re.search(r"\$\{?\w+\}?", path):
         raise UserError(
-            f"data.path: {data.path}: the variable {unset[0]} is not set: export it, or say where the pictures are with --data or data.path"
+            f"data.path: {data.path}: the variable {unset[0]} is not set: export it, or say where the pictures are "
+            "with --data or data.path"
         )
     return Path(path)
 
