@@ -66,9 +66,13 @@ def page(found: dict[str, Any]) -> str:
     return text + "".join(parts)
 
 
-def corpus() -> list[Any]:
-    """Every case of tests/bad/*.yaml."""
-    return [case for file in sorted(BAD.glob("*.yaml")) for case in yaml.safe_load(file.read_text(encoding="utf-8"))]
+def corpus() -> list[str]:
+    """The name of every case of tests/bad/*.yaml."""
+    return [
+        name
+        for file in sorted(BAD.glob("*.yaml"))
+        for name in yaml.safe_load(file.read_text(encoding="utf-8"))["cases"]
+    ]
 
 
 Told = tuple[list[str], str, int]
