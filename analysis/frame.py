@@ -189,7 +189,7 @@ def config_hash(config: dict[str, Any]) -> tuple[str, str]:
 @functools.lru_cache(maxsize=4096)
 def _own(config: bytes) -> tuple[str, str]:
     """The canonical text of a config without seed and parent, and its hash. Most of a store's runs share theirs."""
-    text = _canonical(marshal.loads(config))  # nosec B302: made one line above
+    text = _canonical(marshal.loads(config))  # made one line above  # nosec B302
     return text, _digest(text)
 
 

@@ -69,7 +69,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.log = path / "log.txt"
         self.metrics_file = path / "metrics.jsonl"
-        self.token = ""  # nosec B105: of this process's claim
+        self.token = ""  # of this process's claim  # nosec B105
 
     # What it holds
     def config(self) -> Config | None:
@@ -250,7 +250,7 @@ class RunFolder:
                 forget_dead(self.checkpoints)
             yield owned
         finally:
-            self.token = ""  # nosec B105: no password
+            self.token = ""  # nosec B105
             with contextlib.suppress(OSError):  # a dead claim holds nothing
                 fresh.unlink(missing_ok=True)
                 if owned and _token(read_json(file)) == token:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import pickle  # nosec B403: for the name of an error
+import pickle  # for the name of an error  # nosec B403
 import re
 import warnings
 import zipfile

@@ -287,6 +287,7 @@ def test_many_alike_are_one_line(tmp_path: Path) -> None:
     assert len(json.loads(call("results", "check", "--store", tmp_path, "--json").out)["findings"]) == 12
 
 
+@pytest.mark.slow
 def test_ten_thousand_runs_are_checked_in_seconds(tmp_path: Path) -> None:
     """About 3 s on an idle machine; the bound leaves room for a busy one."""
     from analysis.check import check
@@ -485,6 +486,7 @@ def test_an_interrupted_prune_goes_on(
     assert published(stores[0], tmp_path) == before
 
 
+@pytest.mark.slow
 def test_killed_while_it_removes(published: Any, tmp_path: Path) -> None:
     store = grown(tmp_path / "runs", tmp_path / "own.yaml", (0, 1))
     before = published(store, tmp_path)

@@ -22,7 +22,7 @@ def environment(folder: Path) -> Environment:
         block_start_string=r"\BLOCK{", block_end_string="}", variable_start_string=r"\VAR{", variable_end_string="}",
         comment_start_string=r"\#{", comment_end_string="}", trim_blocks=True, lstrip_blocks=True,
         loader=FileSystemLoader(folder), undefined=StrictUndefined, finalize=text, autoescape=False,
-    )  # fmt: skip  # nosec B701: `text` escapes all, for LaTeX
+    )  # fmt: skip  # `text` escapes all, for LaTeX  # nosec B701
     made.filters["latex"] = lambda table: Latex(render(table, "latex"))
     made.filters["file"] = lambda name: Latex(rf"\detokenize{{{name}}}")
     return made
