@@ -27,7 +27,7 @@ from sdae.config import NEUTRAL, dump
 from sdae.errors import UserError
 from sdae.store import FORMAT, GRACE_SECONDS, RunFolder, Store, abandoned, read_json
 from sdae.upkeep import DISCARDED, encoder, forget_discarded, pruned, remove, set_aside
-from sdae.yamls import _load as load
+from sdae.yamls import load_yaml as load
 from sdae.yamls import read_yaml
 
 MANY = 10  # findings alike, of which no more are printed one by one

@@ -25,7 +25,7 @@ def read_yaml(path: str | Path) -> Any:
             content = file.read(LARGEST + 1)
         if len(content) > LARGEST:
             raise UserError(f"{path}: too large for a YAML file (allowed: {LARGEST:,} bytes)")
-        return _load(content.decode("utf-8-sig"))
+        return load_yaml(content.decode("utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file{'' if path.is_absolute() else f' in {Path.cwd()}'}") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -51,12 +51,12 @@ def read_own(path: str | Path) -> Any:
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > DEEPEST:  # libyaml's loader would end the process
                 return None
-        return _load(content, kind) if len(content) <= LARGEST else None
+        return load_yaml(content, kind) if len(content) <= LARGEST else None
     except (OSError, ValueError, OverflowError, LookupError, AttributeError, RecursionError, yaml.YAMLError):
         return None
 
 
-def _load(text: str | bytes, kind: Any = None) -> Any:
+def load_yaml(text: str | bytes, kind: Any = None) -> Any:
     """The one place where YAML is read, by a loader that makes nothing but plain values. Raises YAMLError and
     RecursionError."""
     loader = (kind or _UniqueKeys)(text)
@@ -162,7 +162,7 @@ def override(values: Any, overrides: list[str]) -> Any:
         if not sign or not key:
             raise UserError(f"-s {text}: expected key=value, e.g. optim.epochs=3")
         try:
-            nested: Any = _load(value)
+            nested: Any = load_yaml(value)
         except (yaml.YAMLError, RecursionError):
             raise UserError(f"-s {text}: {value!r} is not a YAML value") from None
         for part in reversed(key.split(".")):
