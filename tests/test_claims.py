@@ -139,7 +139,7 @@ def test_a_verdict_is_what_the_interval_says(gap: float, sd: float, n: int) -> N
         assert found.verdict == said
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=25)
 @given(st.lists(st.floats(0, 1), max_size=8))
 def test_holm_is_that_of_statsmodels(values: list[float]) -> None:
     from statsmodels.stats.multitest import multipletests
