@@ -264,9 +264,9 @@ def test_a_thousand_runs_are_chosen_in_two_seconds(share: float) -> None:
     cost = high(sweep)
     hours = share * sum(cost.values())
     assert sweep.unique > 1000
-    began = time.perf_counter()
+    began = time.process_time()  # others on the machine do not count
     part = within(sweep, hours, set(), cost)
-    assert time.perf_counter() - began < 2
+    assert time.process_time() - began < 2
     assert check(part, sweep, hours, set(), cost)
 
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -249,7 +250,13 @@ def test_processes_change_no_byte(folder: Path, tmp_path: Path, form: str) -> No
 
 def killed_at(folder: Path, out: Path, workers: int, parts: int, later: float) -> bool:
     """Packs in a process of its own, which is killed `later` seconds after so many parts are there; whether it was."""
-    process = multiprocessing.get_context("fork").Process(target=pack, args=(folder, out), kwargs={"workers": workers})
+
+    def work() -> None:
+        server = forkserver._forkserver  # type: ignore[attr-defined]
+        server._forkserver_pid = server._forkserver_fd = server._forkserver_alive_fd = None  # the parent's, if any
+        pack(folder, out, workers=workers)
+
+    process = multiprocessing.get_context("fork").Process(target=work)
     process.start()
     while process.is_alive() and len(list(out.glob("*.shard"))) < parts:
         time.sleep(0.001)

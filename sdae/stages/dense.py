@@ -141,9 +141,10 @@ def load_trained(
     folder: RunFolder, stage: str, network: Callable[[Any, int], nn.Module]
 ) -> tuple[Any, nn.Module, list[str]]:
     """Config, network (on the CPU, in eval mode) and class names of a finished run. Raises `UserError`."""
-    config, result = folder.config(), folder.outcome()
+    config = folder.config()
     if config is None or config.stage != stage:
         raise UserError(f"{folder.path}: not a finished run of the stage {stage}")
+    result = folder.outcome()
     weights, classes = checkpoints.load_model(folder, result)
     checkpoints.must_fit(weights, lambda: network(config, len(classes)), str(folder.path))
     module = network(config, len(classes))
