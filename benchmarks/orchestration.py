@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from collect_10k import in_its_own_process, timed
-from parts import origin
 
 from sdae.store import Store
 
@@ -90,6 +89,8 @@ def main() -> None:
     print("growth: " + ", ".join(f"{name} {value:g}" for name, value in found["growth"].items()))
     print("start: " + ", ".join(f"{name} {seconds:.3f} s" for name, seconds in found["start_s"].items()))
     if options.json:
+        from parts import origin  # imports torch, which none of the above may
+
         options.json.write_text(json.dumps(found | origin(), indent=1) + "\n")
 
 

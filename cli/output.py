@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sdae.errors import UserError
-from sdae.yamls import shown
 
 if TYPE_CHECKING:
     from sdae.store import Store
@@ -29,6 +28,8 @@ def parse_seeds(text: str) -> list[int]:
     try:
         seeds = [int(part) for part in text.split(",")]
     except ValueError:
+        from sdae.yamls import shown
+
         raise UserError(f"--seeds {shown(text)}: expected whole numbers with commas between them, e.g. 0,1,2") from None
     if min(seeds) < 0:
         raise UserError(f"--seeds {text!r}: seeds are 0 or more")

@@ -164,7 +164,9 @@ def section(name: str, values: dict[str, Any]) -> str:
         out.append(table(rows))
     for part in measured.get("parts") or []:
         setting = ", ".join(f"{key} {part[key]}" for key in ("view", "mode", "precision", "batch") if key in part)
-        out += [f"Parts of the step: {setting}.\n", table(roofline(part["parts"])), LEFT]
+        out += [f"Parts of the step: {setting}.\n", table(roofline(part["parts"]))]
+    if measured.get("parts"):
+        out.append(LEFT.strip() + "\n")
     if not rows:
         plain = {key: value for key, value in flat(measured).items() if key not in NOT_FOUND}
         out.append(table([{"what": key, "found": value} for key, value in plain.items()]) if plain else "")
