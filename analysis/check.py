@@ -7,7 +7,6 @@ index is made again, temporary files of dead processes go, torn files are set as
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import os
 import re
@@ -25,10 +24,10 @@ from analysis.export import flat
 from analysis.table import stale
 from sdae.config import NEUTRAL, dump
 from sdae.errors import UserError
-from sdae.store import FORMAT, GRACE_SECONDS, RunFolder, Store, abandoned, read_json
+from sdae.files import abandoned, checksum, parse_json, read_json
+from sdae.store import FORMAT, GRACE_SECONDS, RunFolder, Store
 from sdae.upkeep import DISCARDED, encoder, forget_discarded, pruned, remove, set_aside
-from sdae.yamls import load_yaml as load
-from sdae.yamls import read_yaml
+from sdae.yamls import load_yaml, read_yaml
 
 MANY = 10  # findings alike, of which no more are printed one by one
 KINDS = ("torn", "orphaned", "duplicate", "stale")
@@ -303,7 +302,7 @@ def _identity_of_text(text: str) -> str | None:
 @functools.lru_cache(maxsize=4096)
 def _parsed(text: str) -> str | None:
     try:
-        values = load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        values = load_yaml(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         return json.dumps(values) if isinstance(values, dict) else None
     except (yaml.YAMLError, TypeError, ValueError):
         return None
@@ -337,7 +336,7 @@ def _torn_line(path: Path, deep: bool) -> int | None:
         return len(lines)
     for number, line in enumerate(lines if deep else [], 1):
         try:
-            json.loads(line)
+            parse_json(line)
         except ValueError:
             return number
     return None
@@ -345,8 +344,7 @@ def _torn_line(path: Path, deep: bool) -> int | None:
 
 def _sha256(path: Path) -> str | None:
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return checksum(path)
     except OSError:
         return None
 

@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from analysis.curves import finish, styled
 from analysis.study import Study
 from sdae.errors import UserError
-from sdae.store import RunFolder, read_json
+from sdae.files import read_json
+from sdae.store import RunFolder
 
 MOST_CLASSES = 40  # bars; of more classes those with the most pixels or the highest AP are shown
 TARGETS = {"0.5": "IoU 0.5", "0.75": "IoU 0.75", "mean": "mean of 0.5 to 0.95"}

@@ -22,7 +22,8 @@ from analysis.study import study as study_of
 from analysis.table import stale
 from sdae.config import NOT_SCIENCE, dump, parse
 from sdae.errors import UserError
-from sdae.store import RunFolder, Store, read_json
+from sdae.files import read_json
+from sdae.store import RunFolder, Store
 
 LOG_LINES = 10
 DETAILED = 2  # runs of which a terminal gets everything; JSON has it of all

@@ -10,7 +10,8 @@ from typing import Any
 from analysis.frame import collect
 from sdae.config import dump
 from sdae.errors import UserError
-from sdae.store import RunFolder, Store, make_folder, write_atomically
+from sdae.files import make_folder, write_atomically
+from sdae.store import RunFolder, Store
 
 SUFFIXES = (".csv", ".parquet", ".json")
 

@@ -23,7 +23,8 @@ from analysis.render import name_of, paper_text
 from analysis.study import build
 from analysis.table import Table, TableCell, TableRow
 from sdae.errors import UserError
-from sdae.store import Store, make_folder, write_atomically
+from sdae.files import make_folder, write_atomically
+from sdae.store import Store
 
 FORMATS: dict[str, dict[str, Any]] = {
     "png": {"Software": None}, "svg": {"Date": None, "Creator": None},

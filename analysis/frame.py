@@ -33,7 +33,8 @@ import pyarrow.parquet as pq
 
 from sdae.config import NEUTRAL, NOT_SCIENCE
 from sdae.errors import UserError
-from sdae.store import FORMAT, MARK, Store, read_json, write_atomically
+from sdae.files import parse_json, read_json, write_atomically
+from sdae.store import FORMAT, MARK, Store
 from sdae.yamls import read_own
 
 TEXT, WHOLE, TRUTH, NUMBER, TIME = pa.string(), pa.int64(), pa.bool_(), pa.float64(), pa.timestamp("us", "UTC")
@@ -228,7 +229,7 @@ def _read(store: Store, identity: str, stamp: int, synthetic: bool) -> dict[str,
     row |= {"id": identity, "stage": identity.rpartition("-")[0], "stamp": stamp, "synthetic": synthetic, "metrics": {}}
     try:
         with open(folder + "/result.json", "rb", buffering=0) as file:
-            result = json.loads(file.read())
+            result = parse_json(file.read())
     except FileNotFoundError:
         return _unfinished(folder, row)
     except (OSError, ValueError, RecursionError):

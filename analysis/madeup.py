@@ -25,8 +25,9 @@ from ablations.scale import DENSE, SNAPSHOTS
 from analysis.paper import printed
 from sdae import provenance
 from sdae.config import dump
+from sdae.files import to_json
 from sdae.models.flops import per_image
-from sdae.store import FORMAT, to_json
+from sdae.store import FORMAT
 
 NOISE = {"finetune": 0.10, "linprobe": 0.15, "segment": 0.30, "detect": 0.20}  # points, between seeds
 TIME_NOISE, MEMORY_NOISE = 0.01, 0.0005  # shares

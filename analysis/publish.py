@@ -14,7 +14,8 @@ from analysis.report import report
 from analysis.study import study
 from analysis.verdicts import judge_study
 from analysis.verdicts import render as render_claims
-from sdae.store import Store, make_folder, write_atomically
+from sdae.files import make_folder, write_atomically
+from sdae.store import Store
 
 SUFFIXES = {"md": "md", "latex": "tex", "html": "html", "csv": "csv", "json": "json"}
 

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from parts import origin
 
 from sdae.config import parse
 from sdae.data.feed import make_pictures
 from sdae.data.packing import prepare
+from sdae.provenance import origin
 from sdae.run import execute
 from sdae.store import Store
 

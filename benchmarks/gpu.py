@@ -33,11 +33,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from parts import origin
-
 from ablations.planner import Sweep, plan
 from ablations.scale import Scale, load_scale
 from sdae.errors import UserError
+from sdae.provenance import origin
 from sdae.store import Store
 from slurm.local import run_local
 

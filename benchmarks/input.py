@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from parts import origin
 
 from sdae.data import Loader, open_dataset
 from sdae.data.datasets import Files, subset
@@ -37,6 +36,7 @@ from sdae.data.feed import link_sample, make_pictures
 from sdae.data.loader import MEAN, STD
 from sdae.data.packing import prepare
 from sdae.errors import UserError
+from sdae.provenance import origin
 from sdae.sections import Data
 
 GOALS = {"jpeg": 1.7, "shards": 3.5, "raw": 50.0}  # times the PIL pipeline, per core

@@ -22,6 +22,7 @@ from typing import Any
 
 from collect_10k import in_its_own_process, timed
 
+from sdae.provenance import origin
 from sdae.store import Store
 
 STARTS = {"python": "pass", "typer and rich": "import typer, rich.console, rich.table, rich.progress"}
@@ -89,8 +90,6 @@ def main() -> None:
     print("growth: " + ", ".join(f"{name} {value:g}" for name, value in found["growth"].items()))
     print("start: " + ", ".join(f"{name} {seconds:.3f} s" for name, seconds in found["start_s"].items()))
     if options.json:
-        from parts import origin  # imports torch, which none of the above may
-
         options.json.write_text(json.dumps(found | origin(), indent=1) + "\n")
 
 

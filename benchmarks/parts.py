@@ -1,4 +1,4 @@
-"""What each part of a pre-training step takes: encoder, decoder, teacher, optimizer; and where a benchmark was made."""
+"""What each part of a pre-training step takes: encoder, decoder, teacher, optimizer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from sdae import provenance
 from sdae.config import CostRun
 from sdae.methods.sdae import SdAE
 from sdae.models import flops
@@ -21,11 +20,6 @@ from sdae.training.parallel import begins_step, compiled
 from sdae.views import split
 
 MOMENTUM = 0.99
-
-
-def origin() -> dict[str, Any]:
-    """Commit, versions and hardware; not this machine's name, its kernel or its paths."""
-    return {k: v for k, v in provenance.record().items() if k not in ("diff", "host", "slurm", "command", "platform")}
 
 
 def parts_gflop(config: CostRun) -> dict[str, float]:

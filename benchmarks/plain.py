@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from parts import origin
 from pretrain_step import PRECISIONS, SIZES, Variant, config_of, words
 from timm.layers import PatchEmbed
 from timm.models.vision_transformer import Block
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sdae.config import CostRun
+from sdae.provenance import origin
 from sdae.stages.cost import Bench
 from sdae.stages.session import Session
 from sdae.store import Store

@@ -23,11 +23,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from parts import measure_parts, origin
+from parts import measure_parts
 
 from sdae.config import CostRun, parse
 from sdae.models.flops import per_image
 from sdae.models.linear import plain
+from sdae.provenance import origin
 from sdae.stages.cost import Bench, measured
 from sdae.stages.session import Session
 from sdae.store import Store

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from typing import IO, Any
 from sdae.errors import UserError
 
 OWNER = re.compile(r"\.(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-(?P<start>\w+)\.[0-9a-f]{8}\.tmp$")  # of a temporary file
+HALF = re.compile(r"\\u[dD][89a-fA-F]")  # of a surrogate pair, as JSON escapes it
 ABANDONED_SECONDS = 86400.0  # no file is being written for longer than that
 
 
@@ -119,10 +121,20 @@ def to_json(value: Any) -> str:
     return json.dumps(value, indent=1, sort_keys=False, allow_nan=False, default=str) + "\n"
 
 
+def parse_json(content: bytes) -> Any:
+    """What a JSON file holds. Half a surrogate pair, which no other file and no terminal can take, becomes a question
+    mark. ValueError, RecursionError."""
+    text = content.decode(json.detect_encoding(content))
+    found = json.loads(text)
+    if HALF.search(text):
+        found = json.loads(json.dumps(found, ensure_ascii=False).encode(errors="replace"))
+    return found
+
+
 def read_json(path: Path) -> Any:
     """The content, or None where the file is absent or torn (a copy cut off by something other than us)."""
     try:
-        return json.loads(path.read_bytes())
+        return parse_json(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, RecursionError):
         return None
 
@@ -131,6 +143,12 @@ def read_record(path: Path) -> dict[str, Any] | None:
     """The keys and values of a JSON file, or None where it is absent, torn or something else."""
     found = read_json(path)
     return found if isinstance(found, dict) else None
+
+
+def checksum(path: Path) -> str:
+    """The sha256 of a file. OSError."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def no_link(path: str, flags: int) -> int:

@@ -77,6 +77,11 @@ def code() -> dict[str, Any]:
     }
 
 
+def origin() -> dict[str, Any]:
+    """What a committed figure says of itself: commit, versions and hardware, not the machine's name or its paths."""
+    return {k: v for k, v in record().items() if k not in ("diff", "host", "slurm", "command", "platform")}
+
+
 @cache
 def substance(stage: str) -> str:
     """16 hex digits over the code that can change the numbers of a stage's runs: its imports, and theirs, below sdae/.

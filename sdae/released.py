@@ -10,12 +10,12 @@ import os
 import re
 from dataclasses import dataclass
 from functools import lru_cache
-from hashlib import file_digest
 from pathlib import Path
 from typing import Any, Literal
 
 from sdae.data.fingerprint import cache_folder
 from sdae.errors import UserError
+from sdae.files import checksum, parse_json
 
 SUFFIX = ".safetensors"
 NOT_PUBLISHED = "not published"
@@ -111,8 +111,7 @@ def digest_of(weights: str) -> str | None:
 
 @lru_cache(maxsize=64)
 def _digest(path: str, _mtime: int, _size: int) -> str:
-    with open(path, "rb") as file:
-        return file_digest(file, "sha256").hexdigest()
+    return checksum(Path(path))
 
 
 def header_size(path: Path) -> None:
@@ -130,7 +129,7 @@ def header(path: Path) -> dict[str, Any]:
             size = int.from_bytes(file.read(8), "little")
             if not 2 <= size <= HEADER_LIMIT:
                 raise ValueError
-            found = json.loads(file.read(size))
+            found = parse_json(file.read(size))
             ends = [value["data_offsets"][1] for key, value in found.items() if key != "__metadata__"]
             if path.stat().st_size != 8 + size + max(ends, default=0):
                 raise ValueError
@@ -163,8 +162,7 @@ def inventory() -> list[dict[str, Any]]:
             said, row["problem"] = {}, str(error)
         for key in ("layout", "width", "depth", "patch_size", "positions", "layer_scale"):
             row[key] = said.get(key)
-        with open(path, "rb") as file:
-            row["sha256"] = file_digest(file, "sha256").hexdigest()
+        row["sha256"] = checksum(path)
         rows.append(row)
     return rows
 

@@ -25,11 +25,11 @@ import yaml
 from sdae.config import Config, dump, parse, run_id
 from sdae.errors import UserError
 from sdae.files import (
-    abandoned,
     flush,
     forget_dead,
     make_folder,
     no_link,
+    parse_json,
     process_start,
     read_json,
     read_record,
@@ -37,14 +37,8 @@ from sdae.files import (
     to_json,
     why,
     write_atomically,
-    written,
 )
 from sdae.yamls import read_yaml
-
-__all__ = [
-    "RunFolder", "Store", "SyntheticStore", "abandoned", "flush", "forget_dead", "make_folder", "migrate",
-    "process_start", "read_json", "read_record", "temporary_of", "to_json", "write_atomically", "written",
-]  # fmt: skip
 
 FORMAT = 1  # of result.json
 STORE_FORMAT = 2  # of the folder, in its file FORMAT; a store without one is of the first format
@@ -304,7 +298,7 @@ def _lines(file: Path) -> list[dict[str, Any]]:
     with contextlib.suppress(FileNotFoundError, IsADirectoryError):
         for line in file.read_bytes().splitlines():
             with contextlib.suppress(ValueError, RecursionError):
-                if isinstance(row := json.loads(line), dict):
+                if isinstance(row := parse_json(line), dict):
                     rows.append(row)
     return rows
 
@@ -379,11 +373,13 @@ class Store:
                 file.write(b"\0" * 65536)
                 file.flush()
                 os.fsync(file.fileno())
-        except OSError as error:
-            raise UserError(f"{self.root}: the store cannot be written: {why(error)}") from error
-        finally:
+            probe.unlink()
+        except BaseException as error:
             with contextlib.suppress(OSError):
                 probe.unlink(missing_ok=True)
+            if isinstance(error, OSError):
+                raise UserError(f"{self.root}: the store cannot be written: {why(error)}") from error
+            raise
 
     def find(self, prefix: str) -> RunFolder:
         """A run by its id or by a unique beginning of it."""

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from sdae.errors import UserError
-from sdae.store import RunFolder, Store, flush, read_json
+from sdae.files import flush, read_record
+from sdae.store import RunFolder, Store
 
 PRUNED = "pruned.json"  # beside a result: the files of checkpoints/ that `results prune` has removed
 DISCARDED = ".pruned"  # in the store: run folders that are being removed
@@ -33,8 +34,7 @@ def set_aside(run: RunFolder, name: str) -> None:
 
 def pruned(run: RunFolder) -> dict[str, int]:
     """Bytes by name of the files that were removed from `checkpoints` because nothing asks for them."""
-    found = read_json(run.path / PRUNED)
-    return found if isinstance(found, dict) else {}
+    return read_record(run.path / PRUNED) or {}
 
 
 def prune(run: RunFolder, sizes: Mapping[str, int]) -> None:

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from sdae.errors import UserError
+from sdae.files import checksum
 from sdae.layouts import LAYOUTS, TABLE, describe, encoders, kind, name_differences, patches_of_table
 from sdae.released import SUFFIX, home_of, located, weights_folder
 from sdae.sections import Init, Model
 from sdae.store import RunFolder, Store
-from sdae.training.checkpoints import checksum, load_weights, save_weights
+from sdae.training.checkpoints import load_weights, save_weights
 
 SAID = "sdae"  # the one key of a file's metadata
 

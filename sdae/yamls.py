@@ -96,6 +96,11 @@ class _UniqueKeys(yaml.SafeLoader):
             seen.add(key if isinstance(key, (str, int, float, bool)) else id(key_node))
         return super().construct_mapping(node, deep)
 
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        text = super().construct_scalar(node)
+        text.encode()  # a ValueError for half a surrogate pair, which no other file and no terminal can take
+        return text
+
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             return super().construct_object(node, deep)  # type: ignore[no-untyped-call]

@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from sdae.errors import UserError
-from sdae.store import Store, flush, forget_dead, make_folder, process_start, read_record, to_json, write_atomically
+from sdae.files import flush, forget_dead, make_folder, process_start, read_record, to_json, write_atomically
+from sdae.store import Store
 from slurm.cluster import me
 
 SUBMITTING = 600.0  # seconds that a submitter on another machine may take to call sbatch

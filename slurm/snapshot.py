@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sdae import provenance
 from sdae.errors import UserError
-from sdae.store import flush, temporary_of
+from sdae.files import flush, temporary_of
 from slurm.ledger import Ledger
 
 ROOMS = ("sdae", "ablations", "slurm", "analysis", "cli")

@@ -22,8 +22,9 @@ from submitit.core.utils import DelayedSubmission
 from ablations.planner import PlannedRun
 from sdae.config import Config, dump
 from sdae.errors import UserError
+from sdae.files import flush, make_folder, write_atomically
 from sdae.released import located
-from sdae.store import Store, flush, make_folder, write_atomically
+from sdae.store import Store
 from slurm.cluster import Busy, Limits, Refused, Slurm
 from slurm.job import SweepJob
 from slurm.ledger import Ledger, Reservation, Submission, job_name, new_token

@@ -28,7 +28,7 @@ from concurrency.rounds import ACTORS, Round
 
 from ablations.planner import Sweep, plan
 from sdae import provenance
-from sdae.store import write_atomically
+from sdae.files import write_atomically
 
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
@@ -71,7 +71,7 @@ def play(seed: str, whole: Sweep, keep: bool = False) -> tuple[Counter[str], str
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=1000)
-    parser.add_argument("--seed", default="0")
+    parser.add_argument("--seed", help="else that of FILE, or 0")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="no round begins later")
     parser.add_argument("--round", help="only this one, and keep its folder")
@@ -81,37 +81,32 @@ def main() -> int:
     gc.collect()
     gc.freeze()
     if options.round is not None:
-        counts, wrong = play(f"{options.seed} {options.round}", whole, keep=True)
+        counts, wrong = play(f"{options.seed or 0} {options.round}", whole, keep=True)
         print(dict(counts), wrong, sep="\n")
         return int(bool(wrong))
+    if options.out and options.out.exists() and options.seed not in (None, json.loads(options.out.read_text())["seed"]):
+        parser.error(f"--seed {options.seed}: {options.out} goes on with its own; name another file")
     return campaign(options, whole)
 
 
-def origin() -> dict[str, Any]:
-    """Commit, versions and hardware; not this machine's name, its kernel or its paths."""
-    left_out = ("diff", "host", "slurm", "command", "platform")
-    return {key: value for key, value in provenance.record().items() if key not in left_out}
-
-
 def campaign(options: argparse.Namespace, whole: Sweep) -> int:
-    report: dict[str, Any] = {"seed": options.seed, "rounds": 0, "seconds": 0.0, "counts": {}, "failures": []}
+    report: dict[str, Any] = {"seed": options.seed or "0", "rounds": 0, "seconds": 0.0, "counts": {}, "failures": []}
     if options.out and options.out.exists():
-        before = json.loads(options.out.read_text())
-        report = before if before["seed"] == options.seed else report
+        report = json.loads(options.out.read_text())
     end = time.monotonic() + options.seconds
     while report["rounds"] < options.rounds and (began := time.monotonic()) < end:
         number = report["rounds"]
-        counts, wrong = play(f"{options.seed} {number}", whole)
+        counts, wrong = play(f"{report['seed']} {number}", whole)
         report["rounds"] += 1
         report["seconds"] = round(report["seconds"] + time.monotonic() - began, 3)
         report["counts"] = dict(sorted((Counter(report["counts"]) + counts).items()))
         if wrong:
             report["failures"].append({"round": number, "what": wrong})
-            print(f"round {number} of seed {options.seed}: {wrong}", file=sys.stderr)
+            print(f"round {number} of seed {report['seed']}: {wrong}", file=sys.stderr)
         if options.out:
             write_atomically(options.out, json.dumps(report, indent=1) + "\n")
     if options.out:
-        write_atomically(options.out, json.dumps(report | origin(), indent=1) + "\n")
+        write_atomically(options.out, json.dumps(report | provenance.origin(), indent=1) + "\n")
     seconds = report["seconds"] / max(1, report["rounds"])
     print(
         f"{report['rounds']} rounds of {ACTORS} processes, {seconds:.2f} s each; {report['counts'].get('finished', 0)} "

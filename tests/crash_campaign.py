@@ -24,7 +24,7 @@ from crash.commands import Command, commands
 from crash.harness import FAULTS, Fault, Yard, compiler
 
 from sdae import provenance
-from sdae.store import write_atomically
+from sdae.files import write_atomically
 
 MEMORY = Path("/dev/shm")  # nothing is flushed to a disk there, so flushing costs nothing
 Case = dict[str, Any]
@@ -83,14 +83,13 @@ def report(seed: int, counts: dict[str, int], cases: dict[str, Case]) -> dict[st
             if at:
                 table[case["command"]][fault] += 1
                 struck[case["command"]].add(at)
-    origin = {k: v for k, v in provenance.record().items() if k not in ("diff", "host", "slurm", "command", "platform")}
     return {
         "seed": seed, "cases": len(cases), "faults": sum(map(Counter.total, table.values())),
         "kills": sum(map(killed, cases.values())), "failed": sum(bool(case["wrong"]) for case in cases.values()),
         "by_command": {name: dict(sorted(faults.items())) for name, faults in sorted(table.items())},
         "operations": {name: {"all": counts[name], "struck": len(struck[name])} for name in sorted(struck)},
         "failures": {name: case for name, case in cases.items() if case["wrong"]},
-        "origin": origin, "done": cases,
+        "origin": provenance.origin(), "done": cases,
     }  # fmt: skip
 
 
@@ -98,15 +97,18 @@ def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="JSON; a case that is in it is not run again")
     parser.add_argument("--kills", type=int, default=500, help="that are to be done, other faults aside")
-    parser.add_argument("--seed", type=int, default=random.randrange(2**32))
+    parser.add_argument("--seed", type=int, help="else that of FILE, or any")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="end after so many")
     parser.add_argument("--only", nargs="*", choices=sorted(commands()), help="only these commands")
     options = parser.parse_args(words)
     if compiler() is None:
         print("crash campaign: skipped, this needs Linux and a C compiler")
         return 0
-    before = json.loads(options.out.read_text()) if options.out.exists() else {"seed": options.seed, "done": {}}
-    seed, cases = before["seed"], before["done"]
+    before = json.loads(options.out.read_text()) if options.out.exists() else {"done": {}}
+    seed = before.get("seed", random.randrange(2**32)) if options.seed is None else options.seed
+    if seed != before.get("seed", seed):
+        parser.error(f"--seed {seed}: {options.out} goes on with {before['seed']}; name another file")
+    cases = before["done"]
     counts = {name: entry["all"] for name, entry in before.get("operations", {}).items()}
     began, known = time.monotonic(), len(cases)
     chosen = {name: command for name, command in commands().items() if not options.only or name in options.only}

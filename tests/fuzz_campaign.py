@@ -408,17 +408,10 @@ def guide(name: str, good: Path, words: list[str]) -> None:
     atheris.Fuzz()
 
 
-def origin() -> dict[str, Any]:
-    from sdae import provenance
-
-    found = provenance.record()
-    return {key: found.get(key) for key in ("commit", "dirty", "python", "packages", "cores")}
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, help="else that of FILE, or 0")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--only", nargs="*", default=[], help="names of targets")
     parser.add_argument("--no-atheris", action="store_true")
@@ -429,13 +422,15 @@ def main() -> int:
     if asked.guide:
         guide(asked.guide, asked.good, asked.words)
         return 0
-    from sdae.store import to_json, write_atomically
+    from sdae.files import to_json, write_atomically
+    from sdae.provenance import origin
 
-    report: dict[str, Any] = {"seed": asked.seed, "seconds": 0.0, "targets": {}, "failures": []}
+    report: dict[str, Any] = {"seed": asked.seed or 0, "seconds": 0.0, "targets": {}, "failures": []}
     if asked.out and asked.out.exists():
-        before = json.loads(asked.out.read_text())
-        if before["seed"] == asked.seed:
-            report |= before
+        report |= json.loads(asked.out.read_text())
+        if asked.seed not in (None, report["seed"]):
+            parser.error(f"--seed {asked.seed}: {asked.out} goes on with {report['seed']}; name another file")
+    seed = report["seed"]
     report |= {"origin": origin(), "atheris": not asked.no_atheris and importlib.util.find_spec("atheris") is not None}
     with tempfile.TemporaryDirectory(prefix="sdae-fuzz-") as name:
         good = makers.good(Path(name) / "good")
@@ -447,12 +442,12 @@ def main() -> int:
             target_name = min(every, key=lambda one: report["targets"].get(one, {}).get("rounds", 0))
             known = Counter(report["targets"].get(target_name, {}))
             began, number = time.monotonic(), known["rounds"]
-            made = one_round(target_name, every[target_name], asked.seed, number, folder)
+            made = one_round(target_name, every[target_name], seed, number, folder)
             report["failures"] += made.pop("failures")
             known.update(made)
             if report["atheris"] and number % GUIDED == GUIDED - 1:
                 seconds = max(5, round(GUIDED * (time.monotonic() - began)))
-                made = guided(target_name, every[target_name], seconds, asked.seed + number, folder)
+                made = guided(target_name, every[target_name], seconds, seed + number, folder)
                 report["failures"] += made["failures"]
                 known["guided"] += made["inputs"]
             known["rounds"] += 1
@@ -465,7 +460,7 @@ def main() -> int:
     print(
         f"fuzz: {total['inputs']} inputs for {len(report['targets'])} readers, {total['read']} read, "
         f"{total['refused']} refused, {total['guided']} by atheris, {len(report['failures'])} failures "
-        f"(seed {asked.seed}, {report['seconds']:.0f} s)"
+        f"(seed {seed}, {report['seconds']:.0f} s)"
     )
     for failure in report["failures"][:10]:
         print(f"  {failure['target']}: {failure['problem'][:300]}")

@@ -384,7 +384,7 @@ class Campaign:
 
 def _origin(_: Path) -> dict[str, Any]:
     sys.path.insert(0, str(ROOT))
-    from benchmarks.parts import origin
+    from sdae.provenance import origin
 
     return origin()
 

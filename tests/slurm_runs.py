@@ -18,7 +18,8 @@ from calling import ROOT, Called
 from slurm_target import metrics_of
 
 from ablations.planner import PlannedRun, plan
-from sdae.store import RunFolder, Store, read_json
+from sdae.files import read_json
+from sdae.store import RunFolder, Store
 
 if TYPE_CHECKING:
     from slurm_cluster import Cluster

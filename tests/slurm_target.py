@@ -17,7 +17,8 @@ from typing import Any
 
 from sdae.config import Config, run_id
 from sdae.errors import Interrupted, RunFailed, UserError
-from sdae.store import RunFolder, Store, read_json, write_atomically
+from sdae.files import read_json, write_atomically
+from sdae.store import RunFolder, Store
 
 ORDERS = {
     "steps": 10,

@@ -39,7 +39,8 @@ from analysis.study import build, study
 from analysis.verdicts import judge_study
 from sdae import provenance
 from sdae.errors import Interrupted
-from sdae.store import Store, write_atomically
+from sdae.files import write_atomically
+from sdae.store import Store
 from slurm.local import Summary, run_local
 
 WORKERS = 8  # turns between two with the local runner
@@ -211,14 +212,8 @@ class Soak:
             "memory_mib": [t["rss_mib"] for t in (turns[:1] + warm[:1] + turns[-1:])],
             "per_10_turns": {key: round(value, 4) for key, value in fits.items()},
             "store_bytes": size, "store_of_predicted": round(1 + ratio, 5), "failures": found,
-            "of_each_turn": turns, **origin(),
+            "of_each_turn": turns, **provenance.origin(),
         }  # fmt: skip
-
-
-def origin() -> dict[str, Any]:
-    """Commit, versions and hardware; not this machine's name, its kernel or its paths."""
-    left_out = ("diff", "host", "slurm", "command", "platform")
-    return {key: value for key, value in provenance.record().items() if key not in left_out}
 
 
 def kind_of(run: PlannedRun) -> str:

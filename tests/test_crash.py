@@ -21,8 +21,9 @@ from crash_campaign import main as campaign
 from safetensors import safe_open
 
 from sdae.errors import UserError
+from sdae.files import checksum, written
 from sdae.run import execute
-from sdae.store import Store, written
+from sdae.store import Store
 from sdae.training import checkpoints
 
 needs_layer = pytest.mark.skipif(compiler() is None, reason="the fault layer needs Linux and a C compiler")
@@ -75,7 +76,7 @@ def test_what_a_power_cut_leaves_of_a_replaced_file(
 
 def test_what_the_dead_leave_goes_and_what_the_living_write_stays(tmp_path: Path) -> None:
     target = tmp_path / "file"
-    dead = "import os, sys; from pathlib import Path; from sdae.store import written\n"
+    dead = "import os, sys; from pathlib import Path; from sdae.files import written\n"
     dead += "with written(Path(sys.argv[1])) as file: file.write(b'half'); os._exit(9)"
     assert subprocess.run([sys.executable, "-c", dead, str(target)], cwd=Path(__file__).parents[1]).returncode == 9
     foreign = tmp_path / ".file.00000000-1-1.00000000.tmp"  # of another machine: may be alive
@@ -135,7 +136,7 @@ def test_weights_are_the_same_bytes_each_time_and_safetensors_reads_them(tmp_pat
     digest = checkpoints.save_weights(first, tensors, facts)
     shuffled = dict(sorted(tensors.items(), key=lambda item: hash(item[0])))
     assert checkpoints.save_weights(second, shuffled, dict(reversed(facts.items()))) == digest
-    assert checkpoints.checksum(first) == checkpoints.checksum(second) == digest
+    assert checksum(first) == checksum(second) == digest
     found, said = checkpoints.load_weights(first, digest)
     assert said == facts
     with safe_open(first, "pt") as file:

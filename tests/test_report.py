@@ -35,7 +35,8 @@ from analysis.study import Study, study
 from analysis.universe import make
 from analysis.verdicts import judge_study
 from sdae.errors import RunFailed
-from sdae.store import Store, SyntheticStore, read_json
+from sdae.files import read_json
+from sdae.store import Store, SyntheticStore
 
 ROOT = Path(__file__).resolve().parents[1]
 OWN = ROOT / "examples/mask_ratio.yaml"

@@ -23,12 +23,13 @@ from torch.nn import functional as F
 from sdae.config import Segment, parse
 from sdae.data.fingerprint import resolve
 from sdae.data.segmentation import IGNORE, open_segmentation
+from sdae.files import read_json
 from sdae.models.upernet import UperNet, cross_entropy
 from sdae.run import execute
 from sdae.sections import Backbone, Model, SegmentHead
 from sdae.stages import segment
 from sdae.stages.segment import confusion, load_trained, predict, probabilities, scores, slide, starts, whole
-from sdae.store import RunFolder, Store, read_json
+from sdae.store import RunFolder, Store
 from sdae.yamls import merge
 
 SMALL: dict[str, Any] = merge(

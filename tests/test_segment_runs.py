@@ -21,9 +21,10 @@ from test_segment_data import folder_with, some_maps
 
 from sdae.config import Segment, parse, run_id
 from sdae.errors import Interrupted, UserError
+from sdae.files import read_json
 from sdae.run import execute
 from sdae.stages.segment import load_trained, predict
-from sdae.store import Store, read_json
+from sdae.store import Store
 from sdae.training.loop import Stop
 
 

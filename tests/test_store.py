@@ -20,7 +20,8 @@ import pytest
 from sdae import store as module
 from sdae.config import parse, run_id
 from sdae.errors import UserError
-from sdae.store import GRACE_SECONDS, RunFolder, Store, process_start, write_atomically
+from sdae.files import process_start, write_atomically
+from sdae.store import GRACE_SECONDS, RunFolder, Store
 
 ROOT = Path(__file__).resolve().parents[1]
 HOLD = "import sys, time; from pathlib import Path; from sdae.store import RunFolder\n"

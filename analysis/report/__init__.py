@@ -25,7 +25,7 @@ from analysis.report.provenance import explanations
 from analysis.report.tex import environment as tex_environment
 from analysis.study import Study
 from analysis.verdicts import judge_study
-from sdae.store import make_folder, write_atomically
+from sdae.files import make_folder, write_atomically
 
 HERE = Path(__file__).parent
 

@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 from sdae.errors import RunFailed
-from sdae.store import write_atomically
+from sdae.files import write_atomically
 
 ENGINES = ("pdflatex", "tectonic")
 SECONDS = 300  # for one pass

@@ -19,8 +19,8 @@ from typing import Any, TypeVar
 
 from sdae.data import builtin
 from sdae.errors import UserError
+from sdae.files import read_json, write_atomically
 from sdae.sections import Data, DetectData, Pictures, SegmentData
-from sdae.store import read_json, write_atomically
 
 AnyPictures = TypeVar("AnyPictures", bound=Pictures)
 SPLITS = ("train", "val")

@@ -22,8 +22,8 @@ from sdae.data.coco import THINNEST, Annotations, parsed
 from sdae.data.fingerprint import Listing, cache_folder, folder_of
 from sdae.data.randomness import OBJECTS, uniform
 from sdae.errors import UserError
+from sdae.files import write_atomically
 from sdae.sections import DetectData
-from sdae.store import write_atomically
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from sdae.data.fingerprint import MANIFEST, PACKED_FORMAT, SPLITS, manifest, manifest_digest, pictures_of, scan
 from sdae.data.randomness import permutation
 from sdae.errors import UserError
-from sdae.store import flush, make_folder, read_json, read_record, to_json, write_atomically
+from sdae.files import flush, make_folder, read_json, read_record, to_json, write_atomically
 
 Form = Literal["shards", "raw"]
 OnError = Literal["raise", "skip"]

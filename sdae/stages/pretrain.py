@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from sdae.config import Pretrain
 from sdae.data import Batch, open_dataset
 from sdae.data.datasets import subset
+from sdae.files import checksum
 from sdae.methods.mae import MAE
 from sdae.methods.sdae import Output, SdAE
 from sdae.models.encoder import Encoder, patchify
@@ -143,7 +144,7 @@ class PretrainTask:
         files = sorted(
             p for p in folder.checkpoints.glob("*.safetensors") if not p.name.startswith(("state-", "nonfinite-"))
         )
-        return {path.name: checkpoints.checksum(path) for path in files}
+        return {path.name: checksum(path) for path in files}
 
 
 @torch.no_grad()

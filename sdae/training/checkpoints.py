@@ -14,8 +14,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from sdae.errors import UserError
+from sdae.files import checksum, read_json, to_json, write_atomically, written
 from sdae.released import header_size
-from sdae.store import RunFolder, read_json, to_json, write_atomically, written
+from sdae.store import RunFolder
 from sdae.upkeep import pruned as pruned_of
 
 KEPT = 2
@@ -23,11 +24,6 @@ KINDS = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.bool: "BOOL",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
 }  # fmt: skip  # as safetensors calls them
-
-
-def checksum(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def save_weights(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> str:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from sdae.errors import Interrupted, UserError
-from sdae.store import write_atomically
+from sdae.files import write_atomically
 
 FAKES = ("torch", "torchvision", "timm", "safetensors")
 STAGES = ("pretrain", "classify", "cost")
