@@ -113,18 +113,16 @@ class _First:
 
     def __init__(self, config: Config, paper: dict[str, Any], origin: dict[str, Any]):
         self.config, self.paper, self.origin = config, paper, origin
-        text = json.dumps(science(config), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        self.text = json.dumps(science(config), sort_keys=True, separators=(",", ":"))
         self.init = getattr(config, "init", None)
-        self.seed, self.need = f'"seed":{config.seed},"stage":', f'"run":"{self.init.run}"' if self.init else ""
-        self.text = text
         assert self.again(config.seed, self.init and self.init.run)[0] == run_id(config)
 
     def again(self, seed: int, need: str | None = None) -> tuple[str, Config]:
         """Id and config of the run of this seed, whose need is this one."""
-        text = self.text.replace(self.seed, f'"seed":{seed},"stage":', 1)
+        text = self.text.replace(f'"seed":{self.config.seed},"stage":', f'"seed":{seed},"stage":')
         update: dict[str, Any] = {"seed": seed}
         if self.init and need:
-            text = text.replace(self.need, f'"run":"{need}"', 1)
+            text = text.replace(f'"run":"{self.init.run}"', f'"run":"{need}"')
             update["init"] = self.init.model_copy(update={"run": need})
         identity = f"{self.config.stage}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
         return identity, self.config.model_copy(update=update)
@@ -199,9 +197,9 @@ class _Planner:
         if name in path:
             raise UserError(f"{where}: {' -> '.join((*path[path.index(name) :], name))}: these runs need each other")
         spec = specs[name]
-        if (id(specs), name) not in self.texts:
-            self.texts[id(specs), name] = json.dumps([name, specs], sort_keys=True, default=str)
-        text = self.texts[id(specs), name]
+        text = self.texts.get((id(specs), name))
+        if text is None:
+            text = self.texts[id(specs), name] = json.dumps([name, specs], sort_keys=True, default=str)
         if (text, seed) in self.resolved:
             return self.resolved[text, seed]
         where_here = f"{where}.{name}"
@@ -247,10 +245,11 @@ class _Planner:
         values = merge(values, own)
         paper: dict[str, Any] = {}
         try:
-            epochs, epochs_here = self._length(values, paper)
-            if values.get("method") is not None and "optim" in values:
-                batch_paper = merge(recipe, own)["optim"]["batch_size"]
-                self._momentum(values, epochs, epochs_here, batch_paper, paper)
+            if "optim" in values:
+                epochs, epochs_here = self._length(values, paper)
+                if values.get("method") is not None:
+                    batch_paper = merge(recipe, own)["optim"]["batch_size"]
+                    self._momentum(values, epochs, epochs_here, batch_paper, paper)
             if values.get("method") is not None:
                 self._tokens(values, paper)
             if need is not None:
@@ -263,8 +262,6 @@ class _Planner:
 
     def _length(self, values: dict[str, Any], paper: dict[str, Any]) -> tuple[int, int]:
         """Epochs by the scale's factor; warm-up keeps its share of them."""
-        if "optim" not in values:
-            return 1, 1
         optim = dict(values["optim"])
         if values["stage"] in DENSE:
             return self._steps(values, optim, paper)
@@ -319,7 +316,7 @@ class _Planner:
     def _tokens(self, values: dict[str, Any], paper: dict[str, Any]) -> None:
         method = values["method"]
         teacher = method.get("teacher") or {}
-        if method.get("name") == "mae" or teacher.get("view") != "crop" or teacher.get("tokens") is None:
+        if teacher.get("view") != "crop" or teacher.get("tokens") is None:
             return
         tokens, ratio, crop = self._count(values), method.get("mask_ratio", 0.75), teacher["tokens"]
         here = scale_tokens(crop, tokens, ratio)

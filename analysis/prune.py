@@ -51,6 +51,11 @@ class Prunable:
     left: int = 0
 
     @property
+    def nothing(self) -> bool:
+        """Whether there is nothing to do, not even to end what an interrupted prune began."""
+        return not (self.runs or self.files or (self.store.root / DISCARDED).exists())
+
+    @property
     def bytes(self) -> int:
         return sum(item.bytes for item in (*self.runs, *self.files)) + self.left
 

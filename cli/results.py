@@ -173,17 +173,16 @@ def prune(
         rows = [[i.run, i.state, len(i.files) or "all", i.bytes, i.why] for i in (*found.runs, *found.files)]
         if rows:
             table(["run", "state", "files", "bytes", "why"], rows, str(store))
-    wanted = bool(found.runs or found.files or found.left)
     told = f"{len(found.runs)} runs and weights of {len(found.files)} more, {found.bytes:,} bytes"
-    if wanted and not (yes or dry_run):
+    if not (found.nothing or yes or dry_run):
         try:
             typer.confirm(f"Remove {told} from {store}?", abort=True, err=True)
         except typer.Abort:
             note("nothing was removed")
             raise typer.Exit(1) from None
-    gone, skipped = remove(found, look()) if wanted and not dry_run else ([], [])
+    gone, skipped = remove(found, look()) if not (found.nothing or dry_run) else ([], [])
     if json:
         return emit(found.to_dict() | {"removed": [item.run for item in gone], "skipped": skipped, "dry_run": dry_run})
     for identity in skipped:
         note(f"{identity}: not removed, somebody runs it now")
-    print(f"{told}: {'would be removed' if dry_run else 'removed'}" if wanted else f"{store}: nothing to remove")
+    print(f"{store}: nothing to remove" if found.nothing else f"{told}: {'would be removed' if dry_run else 'removed'}")

@@ -60,6 +60,8 @@ def discard(store: Store, identity: str) -> None:
     try:
         (store.root / DISCARDED).mkdir(exist_ok=True)
         os.rename(store.run(identity).path, store.root / DISCARDED / f"{identity}.{uuid.uuid4().hex[:8]}")
+        flush(store.root / DISCARDED)
+        flush(store.root)  # else a power cut may bring the folder back with half of its files
     except OSError as error:
         raise UserError(f"{store.root / identity}: cannot be removed: {error.strerror or error}") from error
     forget_discarded(store)

@@ -26,6 +26,7 @@ from crash.harness import FAULTS, Fault, Yard, compiler
 from sdae import provenance
 from sdae.files import write_atomically
 
+TOGETHER = ("kill", "term", "int")  # what commands of several processes are struck with
 MEMORY = Path("/dev/shm")  # nothing is flushed to a disk there, so flushing costs nothing
 Case = dict[str, Any]
 Plan = list[tuple[Fault, int]]
@@ -38,7 +39,8 @@ def schedule(yard: Yard, chosen: dict[str, Command], seed: int) -> Iterator[tupl
         draw = random.Random(f"{seed} {number}")
         (command,) = draw.choices([*chosen.values()], [command.weight for command in chosen.values()])
         count = yard.prepare(command)
-        faults = draw.choices([*FAULTS.values()], [fault.weight for fault in FAULTS.values()], k=3)
+        known = [fault for fault in FAULTS.values() if not command.several or fault.name in TOGETHER]
+        faults = draw.choices(known, [fault.weight for fault in known], k=3)
         if number % 3 == 2:
             plan = [(fault, draw.randint(1, count)) for fault in faults[: draw.randint(1, 3)]]
         else:

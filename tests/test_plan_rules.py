@@ -7,20 +7,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from ablations.planner import PlannedRun, Sweep, content_key, plan
 from ablations.scale import PAPER_PICTURES, tidy
 from sdae.config import count_masked, run_id
 from sdae.errors import UserError
 
+SCALES = Path(__file__).parents[1] / "ablations" / "scales"
 HEAD = "title: Own\ncolumns: {top1: {run: finetune, metric: top1}}\n"
 TUNED = "finetune: {recipe: finetune, init: {run: pretrain}}"
 
 
-def planned(tmp_path: Path, pretrain: str, scale: str | Path = "smoke", tuned: str = TUNED, **keys: Any) -> Sweep:
+def planned(
+    tmp_path: Path, pretrain: str, scale: str | Path = "smoke", tuned: str = TUNED, head: str = HEAD, **keys: Any
+) -> Sweep:
     """An artifact of one row, whose pre-training has these keys."""
     own = tmp_path / "own.yaml"
-    own.write_text(f"{HEAD}runs: {{{tuned}, pretrain: {{{pretrain}}}}}\nrows: {{a: {{runs: {{}}}}}}\n")
+    own.write_text(f"{head}runs: {{{tuned}, pretrain: {{{pretrain}}}}}\nrows: {{a: {{runs: {{}}}}}}\n")
     return plan([own], scale, **keys)
 
 
@@ -89,6 +93,42 @@ def test_momentum_of_epochs_and_of_iterations(tmp_path: Path) -> None:
     assert need.config.method.ema is None and set(need.paper) == {"optim.epochs", "optim.warmup_epochs"}
 
 
+def scale_file(tmp_path: Path, **changes: Any) -> Path:
+    """The paper's scale with other keys."""
+    values = yaml.safe_load((SCALES / "paper.yaml").read_text()) | changes
+    file = tmp_path / "own-scale.yaml"
+    file.write_text(yaml.safe_dump(values))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("changes", "shortening"),
+    [
+        ({"recipes": {"sdae": {"optim": {"batch_size": 2048}}}}, 1),  # as long as the paper's, whatever the batch
+        ({"epochs": {"pretrain": 0.5, "finetune": 1, "linprobe": 1}}, 2),
+        ({"pictures": PAPER_PICTURES // 10}, (PAPER_PICTURES // 768) / (PAPER_PICTURES // 10 // 768)),
+    ],
+)
+def test_momentum_of_iterations_at_scales_near_the_papers(
+    changes: dict[str, Any], shortening: float, tmp_path: Path
+) -> None:
+    keys = "recipe: sdae, optim: {epochs: 100}, method: {ema: {every: iteration, momentum: 0.9, momentum_end: null}}"
+    _, need = both(planned(tmp_path, keys, scale_file(tmp_path, **changes), content="a" * 16))
+    assert need.config.method.ema.momentum == (0.9 if shortening == 1 else tidy(0.9**shortening))
+    assert need.paper.get("method.ema.momentum") == (None if shortening == 1 else 0.9)
+
+
+def test_steps_of_dense_stages(tmp_path: Path) -> None:
+    scale = scale_file(tmp_path, epochs={"pretrain": 1, "finetune": 1, "linprobe": 1, "detect": 0.02})
+    head = HEAD.replace("metric: top1", "metric: apb")
+    for milestones, here in (([500, 900], (10, 18)), ([10, 20, 900], (1, 18))):
+        optim = f"{{steps: 1000, warmup_steps: 100, milestones: {milestones}, schedule: steps}}"
+        detect = f"finetune: {{recipe: detect, init: {{run: pretrain}}, optim: {optim}}}"
+        tuned, _ = both(planned(tmp_path, "recipe: sdae", scale, detect, head, content="a" * 16))
+        assert (tuned.config.optim.warmup_steps, tuple(tuned.config.optim.milestones)) == (2, here)
+        assert (tuned.config.optim.steps, tuned.paper["optim.steps"]) == (20, 1000)
+
+
 def test_crops_keep_their_share(tmp_path: Path) -> None:
     crop = "recipe: sdae, optim: {{epochs: 100}}, method: {{mask_ratio: {}, teacher: {{view: crop, tokens: {}}}}}"
     for ratio, tokens, here, noted in ((0.75, 49, 16, True), (0.5, 49, 16, True), (0.5, 90, 29, True)):
@@ -131,6 +171,10 @@ def test_checkpoints_lie_where_the_papers_do(tmp_path: Path) -> None:
         "init.epoch: 5 of 75 becomes 0.266667 of 4 epochs",
         tuned=at.format(5),
     )
+    tuned, _ = both(
+        planned(tmp_path, "recipe: sdae, optim: {epochs: 15}", "paper", tuned=at.format(1), content="a" * 16)
+    )
+    assert tuned.config.init.epoch == 1, "the first of all"
     tuned, _ = both(planned(tmp_path, long, tuned=at.format("last")))
     assert tuned.config.init.epoch == "last" and "init.epoch" not in tuned.paper
 
@@ -143,6 +187,8 @@ def test_needs(tmp_path: Path) -> None:
     for wrong in (other[:-1], other + "0", "finetune-0123456789abcdef", "pretrain-0123456789ABCDEF"):
         message = f"finetune.init.run: no run {wrong!r} (there are: finetune, pretrain, or a run's id)"
         refused(tmp_path, "recipe: sdae", message, tuned=f"finetune: {{recipe: finetune, init: {{run: {wrong}}}}}")
+    given = "finetune: {recipe: finetune, init: {run: pretrain, weights: 'timm:vit_base_patch16_224.dino'}}"
+    refused(tmp_path, "recipe: sdae", "finetune: init.weights: 'timm:", tuned=given)
     for key, option in (("seed", "--seeds"), ("scale", "--scale")):
         refused(tmp_path, f"recipe: sdae, {key}: 1", f"runs.pretrain.{key}: is set by {option}, not by an artifact")
     refused(tmp_path, "recipe: nothing", "runs.pretrain.recipe: 'nothing' is unknown (allowed: ")
@@ -159,6 +205,32 @@ def test_every_seed_s_run_has_the_id_of_its_config(seed: int, tmp_path: Path) ->
         assert identity == run.id == run_id(run.config)
     assert [number for number, _ in sweep.cells["own.a.top1"]] == [1, seed]
     assert sorted({run.config.seed for run in sweep.runs.values()}) == sorted({1, seed})
+    for wrong in (-1, 2**63):
+        with pytest.raises(UserError, match=f"seed: {wrong}"):
+            planned(tmp_path, "recipe: sdae", seeds=(seed, wrong), content="a" * 16)
+
+
+def test_two_artifacts_of_one_name_are_told_by_their_files(tmp_path: Path) -> None:
+    text = f"{HEAD}runs: {{{TUNED}, pretrain: {{recipe: sdae}}}}\nrows: {{a: {{runs: {{}}}}}}\n"
+    files = [tmp_path / name / "own.yaml" for name in "ab"]
+    for file in files:
+        file.parent.mkdir()
+        file.write_text(text)
+    with pytest.raises(UserError, match=f"two artifacts are named 'own': {files[0]} and {files[1]}"):
+        plan(files)
+
+
+def test_pictures_differ_by_each_of_their_keys(tmp_path: Path) -> None:
+    """Two rows of other pictures have other fingerprints, and so other runs."""
+    for key, values in (("train_pictures", (64, 128)), ("val_pictures", (50, 60)), ("classes", (4, 5))):
+        own = tmp_path / "own.yaml"
+        rows = ", ".join(
+            f"{name}: {{runs: {{pretrain: {{recipe: sdae, data: {{{key}: {v}}}}}}}}}"
+            for name, v in zip("ab", values, strict=True)
+        )
+        own.write_text(f"{HEAD}runs: {{{TUNED}, pretrain: {{recipe: sdae}}}}\nrows: {{{rows}}}\n")
+        runs = [run for run in plan([own], "smoke").runs.values() if run.config.stage == "pretrain"]
+        assert len({run.config.data.fingerprint for run in runs}) == 2, key
 
 
 def test_what_is_known_of_pictures_elsewhere() -> None:

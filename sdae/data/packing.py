@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from sdae.data.fingerprint import MANIFEST, PACKED_FORMAT, SPLITS, manifest, manifest_digest, pictures_of, scan
 from sdae.data.randomness import permutation
 from sdae.errors import UserError
-from sdae.files import flush, make_folder, read_json, read_record, to_json, write_atomically
+from sdae.files import checksum, flush, make_folder, read_json, read_record, to_json, write_atomically
 
 Form = Literal["shards", "raw"]
 OnError = Literal["raise", "skip"]
@@ -157,11 +157,6 @@ def _problem(file: Path, facts: dict[str, Any]) -> str | None:
         return None if checksum(file) == facts["sha256"] else "other bits than were written (sha256 differs)"
     except OSError as error:
         return str(error.strerror or error)
-
-
-def checksum(file: Path) -> str:
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 # The source

@@ -31,6 +31,12 @@ MODEL = {"width": 12, "depth": 1, "heads": 2, "patch_size": 8, "drop_path": 0.2}
 DECODER = {"decoder_depth": 1, "decoder_dim": 8, "decoder_heads": 2}
 DATA = {"name": "builtin", "image_size": 16, "train_pictures": 44, "val_pictures": 8}
 OPTIM = {"epochs": 2, "batch_size": 4, "warmup_epochs": 1}  # 22 steps: states are saved at 10 and 20
+OWN = """
+title: One of my own
+columns: {top1: {run: linprobe, metric: top1}}
+runs: {linprobe: {recipe: linprobe, init: {run: pretrain, weights: student}}}
+rows: {sdae: {runs: {pretrain: {recipe: sdae, method: {mask_ratio: 0.6}}}}, mae: {runs: {pretrain: {recipe: mae}}}}
+"""
 RANDOM = {"init": {"weights": "random"}}
 CONFIGS: dict[str, dict[str, Any]] = {
     "pretrain": {**BASE, "model": MODEL | DECODER, "data": DATA, "optim": OPTIM},
@@ -81,6 +87,7 @@ class Command:
     weight: int = 1
     later: int = 0  # seconds after which it is given again
     look: Callable[[Path, Path], dict[str, Any]] | None = None  # what is left (root, queue), in place of `comparable`
+    several: bool = False  # it starts processes: struck at a millisecond, all of them, and not at an operation
 
 
 def commands() -> dict[str, Command]:
@@ -97,9 +104,16 @@ def commands() -> dict[str, Command]:
     ]  # fmt: skip
     submit = ("sweep", "submit", ARTIFACT, "--on", "slurm", "--profile", "profile.yaml", *store)
     every.append(Command("submit", submit, _profile, False, later=HOUR, look=handed_over, weight=3))
+    every += [
+        Command("prune", ("results", "prune", "--yes", *store), _grown, False, cache=("runs/index.parquet",), weight=2),
+        Command("repair", ("results", "check", "--repair", *store), _damaged, False, weight=2, look=_without_index),
+        Command("sweep", ("sweep", "submit", "own.yaml", "--on", "local", "--jobs", "2", *store), _own, False,
+                several=True),
+    ]  # fmt: skip
     for form in ("shards", "raw"):
-        pack = ("data", "prepare", "pictures", "--out", "packed/here", "--form", form, "--side", "32", "--workers", "1")
-        every.append(Command(f"prepare-{form}", pack, _pictures, True, weight=2))
+        pack = ("data", "prepare", "pictures", "--out", "packed/here", "--form", form, "--side", "32", "--workers")
+        every.append(Command(f"prepare-{form}", (*pack, "1"), _pictures, True, weight=2))
+    every.append(Command("prepare-workers", (*pack, "2"), _pictures, False, several=True))
     return {command.name: command for command in every}
 
 
@@ -126,6 +140,47 @@ def _results(root: Path) -> None:
     store.run(torn).path.joinpath("result.json").write_text("{")
 
 
+def _grown(root: Path) -> None:
+    """A store that has more runs and more weights than any artifact needs."""
+    from synthetic import fill
+
+    from ablations.planner import plan
+    from sdae.store import Store
+
+    (root / "own.yaml").write_text(OWN)
+    head = b'{"nothing":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}'
+    sweep, store = plan(["table5", root / "own.yaml"], "smoke"), Store(root / "runs")
+    fill(store, sweep, synthetic=False)
+    for identity in sweep.runs:
+        store.run(identity).checkpoints.mkdir()
+        for name in ("student-epoch-00001", "student-epoch-00002", "state-00000010", "model"):
+            file = store.run(identity).checkpoints / f"{name}.safetensors"
+            file.write_bytes(len(head).to_bytes(8, "little") + head)
+
+
+def _damaged(root: Path) -> None:
+    """A store with what `--repair` mends; its temporary files are those of a process that is no more."""
+    from sdae.files import temporary_of
+    from sdae.store import Store
+
+    _results(root)
+    store = Store(root / "runs")
+    identity = next(i for i in store.ids() if store.run(i).done)
+    for name in ("", f"{identity}/", f"{identity}/checkpoints/"):
+        (store.root / name).mkdir(exist_ok=True)
+        mine = temporary_of(store.root / name / "file")
+        mine.with_name(mine.name.replace(f"-{os.getpid()}-", f"-{2**22 + 1}-")).write_text("half")
+    (store.root / "index.parquet").write_text("torn")
+    (store.run(identity).path / "provenance.json").write_text("{")
+    gone = store.root / ".pruned" / "finetune-x.1" / "log.txt"
+    gone.parent.mkdir(parents=True)
+    gone.touch()
+
+
+def _own(root: Path) -> None:
+    (root / "own.yaml").write_text(OWN)
+
+
 def _pretrained(root: Path) -> None:
     """A pre-training, made by the harness: its template is what the command `pretrain` leaves."""
     raise NotImplementedError
@@ -148,6 +203,11 @@ def _pictures(root: Path) -> None:
 
 def left(command: Command, root: Path, queue: Path) -> dict[str, Any]:
     return command.look(root, queue) if command.look else comparable(root)
+
+
+def _without_index(root: Path, _: Path) -> dict[str, Any]:
+    """All but the index, which a repair removes where it is torn, and makes anew if the disk lets it."""
+    return {path: facts for path, facts in comparable(root).items() if path != "runs/index.parquet"}
 
 
 def comparable(root: Path) -> dict[str, Any]:
@@ -190,14 +250,16 @@ def _untimed(numbers: dict[str, Any]) -> dict[str, Any]:
     return {key: None if TIMING.fullmatch(key) else value for key, value in numbers.items()}
 
 
-def whole(root: Path) -> list[str]:
-    """Files that hold half of something."""
-    wrong = []
+def whole(root: Path, template: Path) -> list[str]:
+    """Files that hold half of something, and did not before."""
+    wrong, before = [], read_tree(template)
     for path, content in read_tree(root).items():
         if not isinstance(content, bytes) or ".tmp/" in f"{path}/" or path.startswith("cache"):
             continue
+        if content == before.get(path):
+            continue
         try:
-            if path.endswith(".json") and content != b"{":  # the torn result that the template has
+            if path.endswith(".json"):
                 json.loads(content)
             elif path.endswith(".yaml"):
                 assert yaml.safe_load(content)

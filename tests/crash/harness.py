@@ -3,6 +3,7 @@ be true then."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -12,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,13 +102,13 @@ class Yard:
         programs.mkdir()
         install(programs, self.queue)
         library = build(folder)
-        environment = os.environ | {
+        self.environment = os.environ | {
             "PATH": str(programs),  # nothing else of the machine is called: no git, no LaTeX
             "LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg", "PYTHONHASHSEED": "0",
             "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
         }  # fmt: skip
         self.server = subprocess.Popen(
-            [sys.executable, "-m", "crash.server"], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            [sys.executable, "-m", "crash.server"], env=self.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             text=True, bufsize=1,
         )  # fmt: skip
         self.ask({"import": ["cli.main", "analysis.frame", "analysis.export", "sdae.provenance:code"]})
@@ -138,6 +140,35 @@ class Yard:
     def _left(self, command: Command) -> dict[str, Any]:
         return left(command, self.root, self.queue)
 
+    def together(self, command: Command, fault: Fault | None = None, at: int = 0) -> Ended:
+        """A command of several processes, which are killed, or the first of which is told to end, `at` milliseconds
+        after it began. Counted are milliseconds."""
+        words = [sys.executable, "-m", "cli.main", *command.words]
+        cache = {"XDG_CACHE_HOME": f"{self.root}/cache"}
+        environment = {k: v for k, v in self.environment.items() if k != "LD_PRELOAD"} | cache
+        began, struck = time.monotonic(), 0
+        with open(self.folder / "err", "wb") as err, subprocess.Popen(
+            words, cwd=self.root, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=err,
+            start_new_session=True,
+        ) as process:  # fmt: skip
+            try:
+                if fault is not None:
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        process.wait(at / 1000)
+                    if process.poll() is None:
+                        struck = at
+                        if fault.kind == KILL:
+                            os.killpg(process.pid, signal.SIGKILL)
+                        else:
+                            process.send_signal(fault.value)
+                code = process.wait(SECONDS)
+            except subprocess.TimeoutExpired:
+                code = None
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        text = (self.folder / "err").read_text(errors="replace")
+        return Ended(code, round(1000 * (time.monotonic() - began)), struck, text)
+
     def call(self, words: Sequence[str], fault: Fault | None = None, at: int = 0, later: int = 0) -> Ended:
         """later: seconds that the clock is ahead."""
         plan = {"fault": CLOCK if later else NONE, "value": later, "forever": 0, "at": at, "struck": int(bool(later))}
@@ -152,7 +183,9 @@ class Yard:
         """Runs a command undisturbed, once; how many operations that takes."""
         if command.name in self.counts:
             return self.counts[command.name]
-        if command.torch:
+        if command.several:
+            pass
+        elif command.torch:
             stages = ("pretrain", "classify", "cost", "segment", "detect")
             modules = ["sdae.run", "sdae.data.packing", *(f"sdae.stages.{stage}" for stage in stages)]
             peak = ["sdae.provenance:environment", "sdae.training.telemetry:peak_flops,cpu,fp32"]
@@ -173,10 +206,11 @@ class Yard:
         self.templates[command.name] = template
         self._begin(command)
         disk = Disk(self.root)
-        ended = self.call(command.words)
+        ended = self.together(command) if command.several else self.call(command.words)
         assert ended.code == 0, ended
-        disk.replay(self.log)
-        assert disk.now() == read_tree(self.root), "the layer does not see all that this command does"
+        if not command.several:
+            disk.replay(self.log)
+            assert disk.now() == read_tree(self.root), "the layer does not see all that this command does"
         self.left[command.name] = self._left(command)
         self.counts[command.name] = ended.count
         return ended.count
@@ -201,7 +235,7 @@ class Yard:
             wrong += found
             if struck is not None:
                 struck.append(where)
-        again = self.call(command.words, later=command.later)
+        again = self.together(command) if command.several else self.call(command.words, later=command.later)
         if again.code != 0:
             return [*wrong, f"the same command again ended with {again.code}: {again.err[-800:]}"]
         return wrong + differences(self.left[command.name], self._left(command))
@@ -211,10 +245,10 @@ class Yard:
     ) -> tuple[list[str], int]:
         """ends: whether a call that is not stopped leaves what an undisturbed one leaves."""
         disk = Disk(self.root) if fault.power else None
-        ended = self.call(command.words, fault, at)
+        ended = self.together(command, fault, at) if command.several else self.call(command.words, fault, at)
         wrong = [f"{fault.name}: {text}" for text in judge(command, fault, ended)]
         if fault.kind == ERROR:
-            wrong += [f"{fault.name}: {text}" for text in whole(self.root)]
+            wrong += [f"{fault.name}: {text}" for text in whole(self.root, self.templates[command.name])]
         if ends and fault.kind == ERROR and ended.code == 0 and ended.struck:
             found = differences(self.left[command.name], self._left(command))
             found = [d for d in found if not d.startswith(MORE) and not d.endswith(command.cache or "\0")]
@@ -239,7 +273,8 @@ def judge(command: Command, fault: Fault, ended: Ended) -> list[str]:
     if ended.code is None:
         return [f"hung for {SECONDS:.0f} s: {ended.err[-400:]}"]
     wrong = []
-    if ended.code not in (0, *fault.codes):
+    codes = (0, *fault.codes, *((130,) if command.several and fault.kind == SIGNAL else ()))  # a sweep that was stopped
+    if ended.code not in codes:
         wrong.append(f"ended with {ended.code}: {ended.err[-800:]}")
     elif "Traceback" in ended.err:
         wrong.append(f"a traceback reaches the user: {ended.err[-800:]}")
