@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
@@ -74,7 +74,7 @@ class Reading:
     high: float | None
     holds: float
     fails: float
-    spread: dict[Hashable, float] = field(repr=False)  # by arm: weight squared times the variance of one seed
+    spread: dict[Hashable, float]  # by arm: weight squared times the variance of one seed
 
 
 @dataclass

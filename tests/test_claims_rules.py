@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import math
 import re
 from fractions import Fraction
@@ -20,7 +21,7 @@ from analysis.statistics import Estimate
 from analysis.study import study
 from analysis.verdicts import _hours, found, judge_study, ledger, render
 from sdae.errors import UserError
-from sdae.store import Store
+from sdae.store import Store, SyntheticStore
 
 ONE = Fraction(1)
 A, B, C = "table5.folds.top1", "table5.full.top1", "table5.masked.top1"
@@ -239,6 +240,7 @@ def test_p_values_of_a_claim() -> None:
     (three,) = judge([claim(difference("a", "b"), difference("a", "c"), difference("a", "d"))], cells)
     assert (three.holds, three.missing) == (1.0, ["d"])
     assert three.fails == pytest.approx(min(1.0, 3 * min(one.fails for one in alone)))
+    assert three.p == three.p_holm == 1.0, "no p is above 1"
     (some,) = judge([claim(difference("a", "b"), difference("a", "c"), kind="sensitive")], cells)
     assert some.holds == pytest.approx(min(1.0, 2 * min(one.holds for one in alone)))
     assert some.fails == pytest.approx(max(one.fails for one in alone))
@@ -253,6 +255,8 @@ def test_settings_decide_at_once() -> None:
     assert found.verdict == "supported"
     (found,) = judge([claim(difference("a", "b"), wrong)], cells, counts=settings)
     assert found.verdict == "contradicted" and (found.holds, found.fails) == (1.0, 0.0)
+    (found,) = judge([claim(right, difference("a", "b"))], cells, counts=settings)
+    assert len(found.readings) == 1 and found.verdict == "supported", "settings first"
     (found,) = judge([claim(difference("b", "a"), right, kind="sensitive")], cells, counts=settings)
     assert found.verdict == "supported" and (found.holds, found.fails) == (0.0, 1.0)
     (found,) = judge([claim(right)], cells, counts=settings)
@@ -277,6 +281,27 @@ def test_one_arm_in_many_cells_and_one_pool() -> None:
     half = float(t.ppf(0.975, df)) * 0.1**0.5
     assert found.readings[0].low == pytest.approx(1.0 - half) and found.readings[0].high == pytest.approx(1.0 + half)
     assert found.p == pytest.approx(2 * float(t.sf(1 / 0.1**0.5, df)))
+
+
+def test_a_ratio_that_holds_its_divisor_and_printed_numbers() -> None:
+    """(a + b) / b is beyond a bound as far as a / b is beyond the bound less one; printed numbers are intervals."""
+    cells = {"a": cell(6.0, arm="a", sd=0.1), "b": cell(2.0, arm="b", sd=0.1)}
+    sums = Contrast({"a": ONE, "b": ONE}, target("> 3.98"), over="b")
+    plain = Contrast({"a": ONE}, target("> 2.98"), over="b")
+    (one,), (other,) = (judge([claim(contrast)], cells) for contrast in (sums, plain))
+    assert (one.holds, one.fails) == (pytest.approx(other.holds), pytest.approx(other.fails))
+    first, second = one.readings[0], other.readings[0]
+    assert first.estimate == pytest.approx(second.estimate + 1) == pytest.approx(4.0)
+    assert first.high is not None and first.low is not None and first.low < 4.0 < first.high
+    printed = {"b": Printed(2.0, 1, "s", "t")}  # [1.95, 2.05)
+    (found,) = judge([claim(plain)], {"a": cells["a"]}, printed)
+    assert found.readings[0].estimate == pytest.approx(3.0) and found.printed == ["b"]
+    assert 0.0 < found.holds < 1.0
+    (found,) = judge([claim(difference("a", "b"))], {"a": cells["a"]}, printed)
+    (sure,) = judge([claim(Contrast({"a": ONE}, target("> 2")))], {"a": cells["a"]})
+    half = (sure.readings[0].high - sure.readings[0].low) / 2  # type: ignore[operator]
+    assert found.readings[0].low == pytest.approx(6.0 - 2.05 - half)
+    assert found.readings[0].high == pytest.approx(6.0 - 1.95 + half)
 
 
 def test_a_spread_of_nothing_is_certain() -> None:
@@ -382,7 +407,40 @@ def test_what_an_undecided_claim_needs(tmp_path: Path) -> None:
     assert "| undecided | `said` | said |  |  | nothing that a run could tell: nobody knows |" in body
     assert elsewhere.startswith("Measured at another scale than the paper's: ")
     assert "| undecided | `near` | a \\| near | " in text
-    assert render(entries, here, "csv").splitlines()[1].startswith("near,undecided,")
+    head, first, *_ = render(entries, here, "csv").splitlines()
+    assert head == (
+        "claim,verdict,estimate,low,high,target,contrast,seeds,p,p_holm,needs,where,quote,scale,synthetic,printed"
+    )
+    values = dict(zip(head.split(","), next(csv.reader([first])), strict=True))
+    assert values["claim"] == "near" and values["seeds"] == "3"
+    for key in ("estimate", "low", "high", "p", "p_holm"):
+        assert float(values[key]) == told["near"][key], key
+    marked = render([entries[0] | {"quote": "L<sup>2</sup>, x<sub>i</sub> <b>bold</b>"}], here)
+    assert "L<sup>2</sup>, x<sub>i</sub> &lt;b>bold&lt;/b>" in marked
+
+
+def test_numbers_of_sentences_count_at_the_papers_scale(tmp_path: Path) -> None:
+    own, store = tmp_path / "own.yaml", SyntheticStore(tmp_path / "runs")
+    own.write_text(OWN)
+    fill(store, plan([own], "paper", (0, 1, 2), content="synthetic"), {"own.a.top1": 84.1, "own.b.top1": 84.0})
+    here = study(store, [own], "paper", (0, 1, 2, 3))
+    told = {entry["claim"]: entry for entry in judge_study(here)}
+    assert told["value"]["estimate"] == pytest.approx(0.1, abs=0.5) and told["value"]["needs"] != (
+        "the scale paper: the sentence gives a number"
+    )
+    low, high = re.search(r"([\d,.]+) to ([\d,.]+) GPU-hours", told["near"]["needs"]).groups()  # type: ignore[union-attr]
+    assert 0 < float(low.replace(",", "")) < float(high.replace(",", ""))
+
+
+def many_of(tmp_path: Path) -> Path:
+    """A claim over five cells."""
+    file = tmp_path / "many.yaml"
+    rows = "".join(f"  {row}: {{runs: {{pretrain: {{recipe: sdae, optim: {{epochs: {n}}}}}}}}}\n"
+                   for row, n in zip("abcde", (100, 120, 140, 160, 180), strict=True))  # fmt: skip
+    than = ", ".join(f"many.{row}.top1" for row in "bcde")
+    claim = f"claims: [{{id: best, quote: q, kind: best among, of: many.a.top1, than: [{than}]}}]\n"
+    file.write_text(OWN.partition("rows:")[0] + f"rows:\n{rows}{claim}")
+    return file
 
 
 def test_what_is_not_run_yet(tmp_path: Path) -> None:
@@ -396,6 +454,8 @@ def test_what_is_not_run_yet(tmp_path: Path) -> None:
     assert told["far"]["needs"] == "not measured: own.c.top1: 1 run, less than 0.1 GPU-hours", "its need is done"
     assert told["near"]["needs"] == "a second seed of some arm of the stage: nothing tells the spread yet"
     assert told["near"]["low"] is None and told["near"]["seeds"] == 1
+    (many,) = judge_study(study(Store(tmp_path / "none"), [many_of(tmp_path)], "smoke", (0,)))
+    assert many["needs"].startswith("not measured: many.a.top1, many.b.top1, many.c.top1 and 2 more: ")
     empty = {entry["claim"]: entry for entry in judge_study(study(Store(tmp_path / "none"), [own], "smoke", (0, 1)))}
     assert empty["far"]["needs"] == "not measured: own.c.top1, own.b.top1: 8 runs, less than 0.1 GPU-hours"
     assert (empty["far"]["estimate"], empty["far"]["p"], empty["far"]["target"], empty["far"]["seeds"]) == (

@@ -162,6 +162,7 @@ def test_an_end_is_believed_once_it_is_old(state: str) -> None:
         ("FAILED", {"code": "1:15"}, "failed", "Killed", KILLED.format(15)),
         ("FAILED", {"code": "2:0"}, "failed", "JobFailed", "job 7_3 ended as FAILED with exit code 2; see its log"),
         ("FAILED", {"code": "128:0"}, "failed", "JobFailed", "job 7_3 ended as FAILED with exit code 128; see its log"),
+        ("FAILED", {"code": "1"}, "failed", "JobFailed", "job 7_3 ended as FAILED with exit code 1; see its log"),
         ("FAILED", {"code": ""}, "failed", "JobFailed", "job 7_3 ended as FAILED with exit code ; see its log"),
         ("REVOKED", {"code": "x:y"}, "failed", "JobFailed", "job 7_3 ended as REVOKED with exit code x; see its log"),
     ],
