@@ -36,7 +36,7 @@ test: setup
 TRUST := results/trust
 trust: setup
 	@mkdir -p $(TRUST)
-	@OMP_NUM_THREADS=1 $(BIN)/python tests/crash_campaign.py --out $(TRUST)/crash.json --kills 500
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/crash_campaign.py --out $(TRUST)/crash.json --every kill power --kills 500
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/concurrency_campaign.py --rounds 1000 --out $(TRUST)/concurrency.json
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz_campaign.py --minutes 10 --out $(TRUST)/fuzz.json
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/mutation_campaign.py --count 300 --out $(TRUST)/mutation.json

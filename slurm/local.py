@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -101,7 +101,7 @@ def failed_part(sweep: Sweep, store: Store) -> Sweep:
         if chosen.intersection(run.needs):
             chosen = chosen | {run.id}
     runs = {i: run for i, run in sweep.runs.items() if i in chosen}
-    return Sweep(sweep.scale, sweep.artifacts, runs, sweep.cells, len(runs), sweep.provisional)
+    return replace(sweep, runs=runs, requested=len(runs))
 
 
 class _Worker:

@@ -10,6 +10,7 @@ do.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 import json
 import os
@@ -47,7 +48,7 @@ def part(whole: Sweep, draw: random.Random) -> Sweep:
     costs = [run for run in whole.runs.values() if run.config.stage == "cost"]
     chosen |= {run.id for run in draw.sample(costs, draw.choice((0, 0, 1)))}
     runs = {i: run for i, run in whole.runs.items() if i in chosen}
-    return Sweep(whole.scale, whole.artifacts, runs, whole.cells, len(runs), whole.provisional)
+    return dataclasses.replace(whole, runs=runs, requested=len(runs))
 
 
 def play(seed: str, whole: Sweep, keep: bool = False) -> tuple[Counter[str], str]:

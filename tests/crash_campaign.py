@@ -1,7 +1,8 @@
 """Commands are killed and their disks, power and clocks taken away; the same command again must end as if nothing had
-been. `python tests/crash_campaign.py --out FILE --kills N --seed S [--seconds T]`; called again it goes on.
+been. `python tests/crash_campaign.py --out FILE --kills N --seed S [--seconds T] [--every FAULT ..]`; called again it
+goes on.
 
-Case after case is drawn from the seed. In turn: each fault at every operation of a command, in random order, none twice
+With --every these faults come first, at each operation of each command. Then case after case is drawn from the seed. In turn: each fault at every operation of a command, in random order, none twice
 before all have had their turn. Every third case is random: up to three faults in a row, each in a call of its own.
 """
 
@@ -52,13 +53,24 @@ def schedule(yard: Yard, chosen: dict[str, Command], seed: int) -> Iterator[tupl
         yield f"{number}", command, plan
 
 
+def everywhere(yard: Yard, chosen: dict[str, Command], faults: Sequence[str]) -> Iterator[tuple[str, Command, Plan]]:
+    """These faults at each operation of each command."""
+    for command in chosen.values():
+        if not command.several:
+            for fault, at in itertools.product(faults, range(1, yard.prepare(command) + 1)):
+                yield f"{command.name} {fault} {at}", command, [(FAULTS[fault], at)]
+
+
 def run(
-    yard: Yard, seed: int, kills: int, seconds: float, chosen: dict[str, Command], done: dict[str, Case]
-) -> Iterator[tuple[str, Case]]:
+    yard: Yard, seed: int, kills: int, seconds: float, chosen: dict[str, Command], every: Sequence[str],
+    done: dict[str, Case],
+) -> Iterator[tuple[str, Case]]:  # fmt: skip
     """Cases that are not done yet, until there were so many kills or so many seconds have passed."""
     end = time.monotonic() + seconds
-    for name, command, faults in schedule(yard, chosen, seed):
-        if sum(killed(case) for case in done.values()) >= kills or time.monotonic() > end:
+    random_ones = schedule(yard, chosen, seed)
+    for name, command, faults in itertools.chain(everywhere(yard, chosen, every), random_ones):
+        enough = name.isdecimal() and sum(killed(case) for case in done.values()) >= kills
+        if enough or time.monotonic() > end:
             return
         if name not in done:
             began = time.monotonic()
@@ -101,6 +113,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=500, help="that are to be done, other faults aside")
     parser.add_argument("--seed", type=int, help="else that of FILE, or any")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="end after so many")
+    parser.add_argument("--every", nargs="*", choices=FAULTS, default=[], help="first these at each operation")
     parser.add_argument("--only", nargs="*", choices=sorted(commands()), help="only these commands")
     options = parser.parse_args(words)
     if compiler() is None:
@@ -116,7 +129,7 @@ def main(words: Sequence[str] | None = None) -> int:
     chosen = {name: command for name, command in commands().items() if not options.only or name in options.only}
     home = MEMORY if os.access(MEMORY, os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix="sdae-crash-", dir=home) as folder, Yard(Path(folder).resolve()) as yard:
-        for name, case in run(yard, seed, options.kills, options.seconds, chosen, cases):
+        for name, case in run(yard, seed, options.kills, options.seconds, chosen, options.every, cases):
             cases[name] = case
             counts |= yard.counts
             write_atomically(options.out, json.dumps(report(seed, counts, cases), indent=1) + "\n")
