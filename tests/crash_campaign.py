@@ -2,8 +2,9 @@
 been. `python tests/crash_campaign.py --out FILE --kills N --seed S [--seconds T] [--every FAULT ..]`; called again it
 goes on.
 
-With --every these faults come first, at each operation of each command. Then case after case is drawn from the seed. In turn: each fault at every operation of a command, in random order, none twice
-before all have had their turn. Every third case is random: up to three faults in a row, each in a call of its own.
+With --every these faults come first, at each operation of each command. Then case after case is drawn from the seed, in
+turn each fault at every operation of a command, in random order, none twice before all have had their turn. Every third
+is random: up to three faults in a row, each in a call of its own.
 """
 
 from __future__ import annotations
