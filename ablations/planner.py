@@ -267,7 +267,7 @@ class _Planner:
             return self._steps(values, optim, paper)
         epochs = optim["epochs"]
         here = scale_epochs(epochs, getattr(self.scale.epochs, values["stage"]))
-        warmup = optim.get("warmup_epochs", 0)
+        warmup = optim["warmup_epochs"]
         if isinstance(warmup, str):
             match = re.fullmatch(r"(\d+(?:\.\d+)?) ?%", warmup)
             if not match:
@@ -316,7 +316,7 @@ class _Planner:
     def _tokens(self, values: dict[str, Any], paper: dict[str, Any]) -> None:
         method = values["method"]
         teacher = method.get("teacher") or {}
-        if teacher.get("view") != "crop" or teacher.get("tokens") is None:
+        if method.get("name") == "mae" or teacher.get("view") != "crop" or teacher.get("tokens") is None:
             return
         tokens, ratio, crop = self._count(values), method.get("mask_ratio", 0.75), teacher["tokens"]
         here = scale_tokens(crop, tokens, ratio)
@@ -334,7 +334,7 @@ class _Planner:
     def _init(self, init: dict[str, Any], need: PlannedRun, paper: dict[str, Any]) -> dict[str, Any]:
         """`epoch` counts the paper's completed epochs; a checkpoint must lie there."""
         init = {**init, "run": need.id}
-        epoch = init.get("epoch", "last")
+        epoch = init.get("epoch")
         if isinstance(epoch, int) and need.config.stage == "pretrain":
             length = need.config.optim.epochs
             length_paper = need.paper.get("optim.epochs", length)

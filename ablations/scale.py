@@ -145,7 +145,7 @@ def _check(scale: Scale, path: Path) -> None:
             )
     for name, recipe in recipes().items():  # a wrong key is told here, with this file's name, not amid a plan
         values = merge(merge(recipe, scale.part(recipe["stage"])), scale.recipes.get(name, {}))
-        if "warmup_epochs" in values.get("optim", {}):
+        if isinstance(optim := values.get("optim"), dict) and "warmup_epochs" in optim:
             values = merge(values, {"optim": {"warmup_epochs": 0}})
         parse(values, f"{path}: recipes.{name}")
 

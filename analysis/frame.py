@@ -252,7 +252,7 @@ def _read(store: Store, identity: str, stamp: int, synthetic: bool) -> dict[str,
         _outcome(row, result)
         if row["stage"] == "cost":
             row |= dict.fromkeys(("dataset", "fingerprint", "classes", "train", "val"))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         return _torn(row, f"result.json has not the expected form ({type(error).__name__}: {error})")
     return row
 
@@ -269,7 +269,7 @@ def _unfinished(folder: str, row: dict[str, Any]) -> dict[str, Any]:
         try:
             _facts(row, config)
             row["own"] = config_hash(config)[1]
-        except (AttributeError, KeyError, TypeError, ValueError):
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
             row["message"] = "config.yaml has not the expected form"
     failure = read_json(Path(folder) / "failure.json")
     if isinstance(failure, dict):

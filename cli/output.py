@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -52,10 +53,28 @@ def _plain(value: Any) -> Any:
 def told_synthetic(store: Store) -> Store:
     """The store; where its results are made up, the first line on stdout says so; where there is none, stderr."""
     if not store.root.exists():
-        note(f"{store.root}: there is no such folder in {Path.cwd()}; --store DIR names another")
+        note(_absent(store))
+    elif not store.ids() and (others := [below for below in _folders(store.root) if type(store)(below).ids()]):
+        note(f"{store.root}: no runs in it; --store {others[0]} has some")
     if store.synthetic:
         print(f"SYNTHETIC: the results in {store.root} are made up, no model was trained")
     return store
+
+
+def existing(store: Store) -> Store:
+    """The store of a command that has nothing to do without one. UserError."""
+    if not store.root.is_dir():
+        raise UserError(_absent(store))
+    return store
+
+
+def _absent(store: Store) -> str:
+    return f"{store.root}: there is no such folder in {Path.cwd()}; --store DIR names another"
+
+
+def _folders(root: Path) -> list[Path]:
+    with os.scandir(root) as entries:
+        return sorted(Path(entry.path) for entry in entries if entry.is_dir() and not entry.name.startswith("."))
 
 
 def printable(text: str) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.output import Json, ScaleName, StoreDir, emit, note, parse_seeds, table, told_synthetic
+from cli.output import Json, ScaleName, StoreDir, emit, existing, note, parse_seeds, table, told_synthetic
 from sdae.errors import UserError
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def check(
     from sdae.store import Store
     from slurm.ledger import Ledger
 
-    folder = Store(store)
+    folder = existing(Store(store))
     report = examine(folder, deep, Ledger(folder).astray())
     if repair:
         mend(report["findings"])
@@ -157,7 +157,7 @@ def prune(
     from sdae.store import Store
     from slurm.ledger import Ledger
 
-    folder = Store(store)
+    folder = existing(Store(store))
     if not (yes or dry_run or sys.stdin.isatty()):
         raise UserError(
             "results prune: removes runs, and nobody can be asked here: --dry-run lists them, --yes does it"

@@ -126,6 +126,7 @@ def test_a_torn_result_is_said_to_be_torn(store: Store, sweep: Sweep, keep: floa
     [
         ({"id": "finetune-0123456789abcdef"}, "is that of finetune-0123456789abcdef"),
         ({"id": "\ud800"}, "is that of ?"),  # half a surrogate pair: no file or terminal can take it
+        ({"time": {"started": 1e999, "ended": 0}}, "not the expected form"),
         ({"metrics": None}, "no metrics"),
         ({"format": 99}, "format 99"),
         ({"config": {"data": 3}}, "not the expected form"),

@@ -75,7 +75,13 @@ def test_in_the_wrong_folder(here: Path) -> None:
     )
     listed = cli(here, "results", "list")
     assert (listed.code, listed.err) == (0, f"runs: there is no such folder in {here}; --store DIR names another\n")
+    for word in ("check", "prune"):
+        absent = cli(here, "results", word)
+        assert_refused(absent, f"runs: there is no such folder in {here}; --store DIR names another")
     assert below(here) == before
+    (here / "out" / "runs" / "pretrain-0123456789abcdef").mkdir(parents=True)
+    above = cli(here, "results", "list", "--store", "out")
+    assert (above.code, above.err) == (0, "out: no runs in it; --store out/runs has some\n")
 
 
 # 2. Without pictures

@@ -147,6 +147,12 @@ def test_crops_keep_their_share(tmp_path: Path) -> None:
         "method.teacher.tokens: 120 of the paper's 196 patches (allowed: 1 to 98, or 196)",
     )
     refused(tmp_path, crop.format(0.75, 1), "method.teacher.tokens: 1 of 196 patches become 0 of 64 (at least 1)")
+    given = "ema: {every: epoch, momentum: 0.9}, teacher: {view: crop, tokens: 49}"
+    _, need = both(planned(tmp_path, f"recipe: mae, method: {{{given}}}"))
+    assert set(need.paper) == {"optim.epochs", "optim.warmup_epochs"}, "MAE has no teacher"
+    cost = "finetune: {recipe: cost, method: {teacher: {view: crop, tokens: 147}}}"
+    (alone,) = planned(tmp_path, "recipe: sdae", tuned=cost, head=HEAD.replace("top1}", "time}")).runs.values()
+    assert alone.config.method.teacher.view == "masked", "the ratio that a method has by default"
     plain = "recipe: sdae, method: {teacher: {view: crop, tokens: 147}}"
     assert both(planned(tmp_path, plain))[1].config.method.teacher.view == "masked", "the recipe's own mask ratio"
 
@@ -191,6 +197,7 @@ def test_needs(tmp_path: Path) -> None:
     refused(tmp_path, "recipe: sdae", "finetune: init.weights: 'timm:", tuned=given)
     for key, option in (("seed", "--seeds"), ("scale", "--scale")):
         refused(tmp_path, f"recipe: sdae, {key}: 1", f"runs.pretrain.{key}: is set by {option}, not by an artifact")
+    refused(tmp_path, "recipe: sdae, data: {path: 2026-01-02}", "data.path")
     refused(tmp_path, "recipe: nothing", "runs.pretrain.recipe: 'nothing' is unknown (allowed: ")
     for shape in ("width: 64", "depth: 3", "heads: 4", "patch_size: 8", "mlp_ratio: 2"):
         tuned, need = both(planned(tmp_path, f"recipe: sdae, model: {{{shape}}}"))

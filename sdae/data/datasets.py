@@ -163,7 +163,7 @@ def _pillow() -> Any:
     return Image
 
 
-def opened(source: str | io.BytesIO) -> Image.Image:
+def opened(source: io.BytesIO) -> Image.Image:
     """A picture that Pillow opens, no pixel of it read yet. ValueError where there are too many."""
     picture = _pillow().open(source)
     if picture.width * picture.height > MOST_PIXELS:

@@ -153,11 +153,12 @@ def open_packed(data: Data, split: Split, found: Listing) -> Shards | Mapped:
     """The pictures of one split in a packed folder, class by class as `found` counts them. Raises `UserError`."""
     root = folder_of(data)
     facts = manifest(root)
+    index = index_of(root, split, facts)  # first: it proves the counts, which the rest makes arrays of
     starts = np.cumsum([0, *facts["counts"][split]])
     counts = found.counts[split]
     rows = np.concatenate([start + np.arange(count) for start, count in zip(starts, counts, strict=False)])
     labels = torch.from_numpy(np.repeat(np.arange(len(counts)), counts))
-    packed = Packed(root, index_of(root, split, facts), facts["parts"][split], rows)
+    packed = Packed(root, index, facts["parts"][split], rows)
     if facts["form"] == "raw":
         return Mapped(packed, labels, list(found.classes), facts["side"])
     return Shards(packed, labels, list(found.classes))

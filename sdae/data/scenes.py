@@ -6,6 +6,7 @@ of the resized picture are computed.
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -113,7 +114,9 @@ class BuiltinScenes(SegmentSet):
 def read_labels(path: str, classes: int) -> Tensor:
     """A label map file as it is stored: int64 (H, W), 0..classes. Raises `UnreadableError`."""
     try:
-        with opened(path) as picture:
+        with open(path, "rb") as file:  # all of it: Pillow would allot as many bytes as a damaged file says it has
+            content = io.BytesIO(file.read())
+        with opened(content) as picture:
             mode, stored = picture.mode, np.array(picture).astype(np.int64)
     except FileNotFoundError:
         raise UnreadableError(f"{path}: no such label map") from None
