@@ -27,7 +27,7 @@ from sdae.store import Store
 from sdae.training import checkpoints
 
 needs_layer = pytest.mark.skipif(compiler() is None, reason="the fault layer needs Linux and a C compiler")
-SEED = int(os.environ.get("SDAE_SEED") or random.randrange(2**32))
+SEED = int(os.environ.get("SDAE_SEED", "0"))  # the same cases each time; `make trust` draws others
 
 
 # The model of the disk

@@ -1,6 +1,6 @@
 """Values near the edge of what the schemas allow, and a seeded part of tests/fuzz_campaign.py.
 
-SDAE_FUZZ_SEED gives another seed than 0; failures print what brings them back.
+SDAE_SEED gives another seed than 0; failures print what brings them back.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from sdae.config import STAGES, dump, load, parse, run_id
 from sdae.errors import UserError
 from slurm.profile import Profile, load_profile
 
-SEED = int(os.environ.get("SDAE_FUZZ_SEED", "0"))
+SEED = int(os.environ.get("SDAE_SEED", "0"))
 NAMES = (
     "config", "artifact", "scale", "profile", "result", "stored config", "metrics", "heartbeat", "provenance", "index",
     "submission", "orders", "coco", "label map", "classes", "picture", "packed manifest", "packed index", "safetensors",
@@ -143,5 +143,5 @@ def test_every_reader_is_fuzzed(good: Path) -> None:
 def test_bytes_changed_at_random(name: str, good: Path, tmp_path: Path) -> None:
     for number in range(3):
         found = one_round(name, targets(good)[name], SEED, number, tmp_path)
-        assert found["failures"] == [], f"SDAE_FUZZ_SEED={SEED}"
+        assert found["failures"] == [], f"SDAE_SEED={SEED}"
         assert found["inputs"] == 40

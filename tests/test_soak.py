@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 from soak import ENOUGH, Soak
 
 HERE = Path(__file__).parent
-SEED = os.environ.get("SDAE_SEED") or str(random.randrange(2**32))
+SEED = os.environ.get("SDAE_SEED", "0")  # the same faults each time; `make trust` draws others
 
 
 @pytest.mark.slow
