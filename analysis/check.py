@@ -6,6 +6,7 @@ index is made again, temporary files of dead processes go, torn files are set as
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -17,22 +18,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from analysis import frame as frames
 from analysis.export import flat
 from analysis.table import stale
 from sdae.config import NEUTRAL, dump
 from sdae.errors import UserError
-from sdae.files import abandoned, checksum, parse_json, read_json
-from sdae.store import FORMAT, GRACE_SECONDS, RunFolder, Store
+from sdae.files import OURS, abandoned, checksum, parse_json, plain_file, read_json, read_plain, read_record
+from sdae.store import FORMAT, GRACE_SECONDS, LONGEST, RunFolder, Store
 from sdae.upkeep import DISCARDED, encoder, forget_discarded, pruned, remove, set_aside
-from sdae.yamls import load_yaml, read_yaml
+from sdae.yamls import LARGEST, parse_own, read_yaml
 
 MANY = 10  # findings alike, of which no more are printed one by one
 KINDS = ("torn", "orphaned", "duplicate", "stale")
 NAME = re.compile(r"[a-z]+-[0-9a-f]{16}")
-TEMPORARY = re.compile(r"\..+\.tmp|\.probe\.[0-9a-f]{8}")
+PROBE = re.compile(r"\.probe\.[0-9a-f]{8}")  # of the first version
 CLAIM = re.compile(r"\.claim\.(after\..*|.*\.(dead|tmp))")
 AGAIN = "then the same command runs it again"
 REPAIR = "`sdae-cli results check --repair`"
@@ -49,7 +48,7 @@ class Finding:
     problem: str
     cure: str
     run: str | None = None
-    repair: Callable[[], None] | None = field(default=None, repr=False)
+    repair: Callable[[], bool | None] | None = field(default=None, repr=False)  # False: it is another file by now
     repaired: bool = False
 
     def to_dict(self) -> dict[str, Any]:
@@ -101,8 +100,7 @@ def mend(findings: Iterable[Finding]) -> None:
     """Does what is safe; the index last, as it tells of the rest."""
     for finding in sorted(findings, key=lambda f: f.where.endswith(frames.INDEX)):
         if finding.repair is not None:
-            finding.repair()
-            finding.repaired = True
+            finding.repaired = finding.repair() is not False
 
 
 def _reindex(store: Store) -> None:
@@ -171,9 +169,9 @@ class _Runs:
             yield from (_dead(folder / name) for name in sorted(names) if _forsaken(folder / name))
 
     def empty(self, run: RunFolder, names: set[str]) -> Finding:
-        if not names - {"checkpoints", "log.txt"} and not _names(run.checkpoints):
+        if _is_empty(run, names):
             problem, cure = "an empty run folder: what made it ended at once", f"{REPAIR} removes it"
-            return Finding("orphaned", str(run.path), problem, cure, run.id, functools.partial(remove, run.path))
+            return Finding("orphaned", str(run.path), problem, cure, run.id, functools.partial(_remove_empty, run))
         problem = "no run's folder: neither config.yaml nor result.json"
         return Finding("orphaned", str(run.path), problem, "move it out of the store", run.id)
 
@@ -181,9 +179,11 @@ class _Runs:
         """What the frame could not use, and why."""
         where = str(run.path / "result.json")
         try:
-            (run.path / "result.json").read_bytes()
+            read_plain(run.path / "result.json")
+        except ValueError:  # too large
+            pass
         except OSError as error:
-            cure = "see to the disk or to the file's mode, then check again"
+            cure = "see to the disk or to the file's mode, or remove what stands there; then check again"
             return Finding("torn", where, f"cannot be read: {error.strerror or error}", cure, run.id)
         if (result := read_json(run.path / "result.json")) is None:
             return self.aside(run, "result.json", "not a whole JSON document", AGAIN)
@@ -203,7 +203,7 @@ class _Runs:
     def aside(self, run: RunFolder, name: str, problem: str, then: str) -> Finding:
         return Finding(
             "torn", str(run.path / name), problem, f"{REPAIR} sets it aside, {then}", run.id,
-            functools.partial(set_aside, run, name),
+            _unchanged(run, functools.partial(set_aside, run, name), run.path / name),
         )  # fmt: skip
 
     def misnamed(self, run: RunFolder, other: str, what: str) -> Finding:
@@ -218,8 +218,8 @@ class _Runs:
         if "config.yaml" not in names:
             return run.id
         try:
-            return _identity_of_text((run.path / "config.yaml").read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError):
+            return _identity_of_text(read_plain(run.path / "config.yaml", LARGEST).decode())
+        except (OSError, ValueError):
             return None
 
     def logs(self, run: RunFolder, names: set[str], done: bool) -> Iterator[Finding]:
@@ -237,7 +237,7 @@ class _Runs:
             return
         elif self.rows.get(need, {}).get("state") == "done":
             pretrained = self.store.run(need)
-            names = ((pretrained.result() or {}).get("weights") or {}).keys()
+            names = _weights(pretrained).keys()
             wanted = encoder(names, row["weights"], row["init_epoch"])
             if wanted and not (pretrained.checkpoints / wanted).exists():
                 gone = "pruned" if wanted in pruned(pretrained) else "gone"
@@ -245,9 +245,13 @@ class _Runs:
                 yield Finding("orphaned", str(run.path), f"its weights, {wanted} of {need}, are {gone}", cure, run.id)
 
     def checkpoints(self, run: RunFolder, done: bool) -> Iterator[Finding]:
+        if linked := [path for path in (run.path, run.checkpoints) if path.is_symlink()]:
+            problem, cure = "a link: what it leads to is none of this store's", "put the files themselves in its place"
+            yield Finding("orphaned", str(linked[0]), problem, cure, run.id)
+            return
         names = _names(run.checkpoints)
         yield from self.temporary(run.checkpoints, names, False)
-        listed: dict[str, Any] = ((run.result() or {}).get("weights") or {}) if done and names else {}
+        listed = _weights(run) if done and names else {}
         removed = pruned(run) if listed.keys() - names else {}
         again = f"remove the folder {run.id} and run it again, if they are wanted"
         for name, digest in listed.items():
@@ -255,7 +259,7 @@ class _Runs:
             if name not in names:
                 if name not in removed:
                     yield Finding("torn", str(path), "listed in result.json, and gone", again, run.id)
-            elif path.stat().st_size == 0 or (self.deep and _sha256(path) != digest):
+            elif not (_stamp(path) or (0,))[0] or (self.deep and _sha256(path) != digest):
                 yield Finding("torn", str(path), "not what result.json says (its sha256 differs)", again, run.id)
         for name in sorted(n for n in names - listed.keys() if n.endswith(".safetensors") and n[0] != "."):
             path = run.checkpoints / name
@@ -265,14 +269,52 @@ class _Runs:
                 if done:
                     cure = f"{REPAIR} removes it"
                     problem = "a state to go on from, of a run that is done"
-                    yield Finding("orphaned", str(path), problem, cure, run.id, functools.partial(remove, *sides))
-                elif self.deep and record.name in names and _sha256(path) != (read_json(record) or {}).get("sha256"):
+                    repair = _unchanged(run, functools.partial(remove, *sides), *sides)
+                    yield Finding("orphaned", str(path), problem, cure, run.id, repair)
+                elif self.deep and record.name in names and _sha256(path) != (read_record(record) or {}).get("sha256"):
                     cure = f"{REPAIR} removes it: the run goes on from the state before, or begins again"
-                    yield Finding(
-                        "torn", str(path), "its sha256 differs", cure, run.id, functools.partial(remove, *sides)
-                    )
+                    repair = _unchanged(run, functools.partial(remove, *sides), *sides)
+                    yield Finding("torn", str(path), "its sha256 differs", cure, run.id, repair)
             elif done and not name.startswith("nonfinite-"):
                 yield Finding("orphaned", str(path), "nobody lists it", "remove it if you do not know it", run.id)
+
+
+def _weights(run: RunFolder) -> dict[str, Any]:
+    """The files that a result lists, and their sha256."""
+    found = (run.result() or {}).get("weights")
+    return found if isinstance(found, dict) else {}
+
+
+def _is_empty(run: RunFolder, names: set[str]) -> bool:
+    return not names - {"checkpoints", "log.txt"} and not _names(run.checkpoints)
+
+
+def _remove_empty(run: RunFolder) -> bool:
+    """Where no run has begun in it since."""
+    if still := _is_empty(run, _names(run.path)):
+        remove(run.path)
+    return still
+
+
+def _unchanged(run: RunFolder, repair: Callable[[], None], *paths: Path) -> Callable[[], bool]:
+    """A repair of files of a run that nobody has, where they are still those that were looked at: a deep check takes
+    hours. It takes no claim of its own, which would be left behind if it were killed."""
+    seen = [*map(_stamp, paths)]
+
+    def repaired() -> bool:
+        if still := run.claimed() is None and [*map(_stamp, paths)] == seen:
+            repair()
+        return still
+
+    return repaired
+
+
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    """Size, time and place of a file, or None where there is none."""
+    with contextlib.suppress(OSError):
+        found = path.stat()
+        return found.st_size, found.st_mtime_ns, found.st_ino
+    return None
 
 
 def _names(folder: Path) -> set[str]:
@@ -284,7 +326,7 @@ def _names(folder: Path) -> set[str]:
 
 def _identity_of_text(text: str) -> str | None:
     """The id of a config file. Most differ in the seed's and the need's line alone: those are parsed once."""
-    seed = re.search(r"^seed: (\d+)$", text, re.M)
+    seed = re.search(r"^seed: (\d{1,18})$", text, re.M)
     need = re.search(r"^  run: ([a-z]+-[0-9a-f]{16})$", text, re.M)
     config = (
         _parsed(text.replace(seed[0], "seed: 0", 1).replace(need[0] if need else "\0", "  run: NEED", 1))
@@ -302,9 +344,9 @@ def _identity_of_text(text: str) -> str | None:
 @functools.lru_cache(maxsize=4096)
 def _parsed(text: str) -> str | None:
     try:
-        values = load_yaml(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        values = parse_own(text.encode())
         return json.dumps(values) if isinstance(values, dict) else None
-    except (yaml.YAMLError, TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         return None
 
 
@@ -319,7 +361,7 @@ def _identity(identity: str, config: Any) -> str | None:
 def _cut_off(run: RunFolder) -> bool:
     """Whether config.yaml lacks what a complete config has; a config that is whole is another run's."""
     try:
-        whole, values = run.config(), read_yaml(run.path / "config.yaml")
+        whole, values = run.config(), read_yaml(run.path / "config.yaml", plain=True)
     except UserError:
         return True
     return whole is None or bool({k for k, _ in flat(dump(whole))} - {k for k, _ in flat(values)} - NEUTRAL.keys())
@@ -327,18 +369,17 @@ def _cut_off(run: RunFolder) -> bool:
 
 def _torn_line(path: Path, deep: bool) -> int | None:
     """The number of a line that is not JSON: any of them, or, unless deep, the last one, by its end."""
-    try:
-        content = path.read_bytes()
-    except OSError:
-        return None
-    lines = content.splitlines()
-    if content and not content.endswith(b"\n"):
-        return len(lines)
-    for number, line in enumerate(lines if deep else [], 1):
-        try:
-            parse_json(line)
-        except ValueError:
-            return number
+    number = 0
+    with contextlib.suppress(OSError), open(path, "rb", opener=plain_file) as file:
+        while line := file.readline(LONGEST):
+            number += 1
+            if not line.endswith(b"\n"):
+                return number
+            try:
+                if deep:
+                    parse_json(line)
+            except (ValueError, RecursionError):
+                return number
     return None
 
 
@@ -354,7 +395,7 @@ def _forsaken(path: Path) -> bool:
     try:
         if CLAIM.fullmatch(path.name):
             return time.time() - path.lstat().st_mtime > GRACE_SECONDS
-        return bool(TEMPORARY.fullmatch(path.name)) and abandoned(path)
+        return bool(OURS.fullmatch(path.name) or PROBE.fullmatch(path.name)) and abandoned(path)
     except OSError:
         return False
 
@@ -365,11 +406,15 @@ def _dead(path: Path) -> Finding:
 
 
 def _leftovers(store: Store) -> Iterator[Finding]:
-    """Temporary files beside the run folders and below .slurm, and what an interrupted prune left."""
+    """Temporary files beside the run folders and below .slurm, folders of no run, what an interrupted prune left."""
     for folder in (store.root, store.root / ".slurm/code", *sorted((store.root / ".slurm/jobs").glob("*"))):
         for name in sorted(_names(folder)):
             if _forsaken(folder / name):
                 yield _dead(folder / name)
+    for name in sorted(_names(store.root)):
+        if "-" in name and not name.isprintable() and (store.root / name).is_dir():
+            problem = "no run's folder: its name has characters that cannot be shown"
+            yield Finding("orphaned", str(store.root / name), problem, "move it out of the store")
     path = store.root / DISCARDED
     if path.is_dir():
         cure = "`sdae-cli results prune` goes on with it"

@@ -24,10 +24,12 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 from ablations.artifact import Artifact, available, load_artifact
 from analysis.paper import HERE, Printed, counts, dashes
 from sdae.errors import UserError
-from sdae.yamls import explain, read_yaml
+from sdae.yamls import SHOWN, explain, read_yaml, shown
 
 MARGIN = Fraction("0.3")  # percentage points: what is still comparable; the head of claims.yaml says why
 SPELLED = 4  # terms or contrasts that a line has room for
+PLACE = re.compile(r"\{\d?\}", re.ASCII)  # for an entry of `each`
+WEIGHT = re.compile(r"-?\d{1,9}(/[1-9]\d{0,8}|(\.\d{1,17})?(e-\d\d)?)", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -79,9 +81,13 @@ def interval(printed: Printed) -> Interval:
     return Interval(low, high, open_high=not printed.exact)
 
 
-def target(text: str) -> Interval:
-    """What a claim's VALUE allows (the head of claims.yaml has the spellings). ValueError if it is none."""
-    if match := re.fullmatch(r"(about )?(\+)?(-?\d+(?:\.(\d+))?)(%)?", text):
+def target(text: str, ratio: bool = False) -> Interval:
+    """What a claim's VALUE allows (the head of claims.yaml has the spellings); percent only of a ratio, as cells may be
+    in percent themselves. ValueError if it is none."""
+    if len(text) > SHOWN:  # no float
+        raise ValueError(f"value: {shown(text)} (allowed: {SHOWN} characters)")
+    match = re.fullmatch(r"(about )?(?:(\+)?(?=.*%))?(-?\d+(?:\.(\d+))?)(%)?", text)
+    if match and (ratio or not match[5]):
         about, plus, digits, decimals, percent = match.groups()
         value, last = Fraction(digits), Fraction(1, 10 ** len(decimals or ""))
         reach, share = max(last, abs(value) / 10) if about else last / 2, 100 if percent else 1
@@ -91,7 +97,8 @@ def target(text: str) -> Interval:
         return Interval(Fraction(match[2]), math.inf, open_low=match[1] == ">")
     if match := re.fullmatch(r"([\[(])(-?[\d.]+), (-?[\d.]+)([\])])", text):
         return Interval(Fraction(match[2]), Fraction(match[3]), match[1] == "(", match[4] == ")")
-    raise ValueError(f'value: {text!r} (allowed: "1.2", "about 18%", "+49.9%", "> 0", ">= 0.3", "[45, 50)")')
+    allowed = '"1.2", "about 18", "> 0", ">= 0.3", "[45, 50)", and of a ratio "about 18%", "+49.9%"'
+    raise ValueError(f"value: {text!r} (allowed: {allowed})")
 
 
 @dataclass(frozen=True)
@@ -286,21 +293,36 @@ def _contrasts(file: ClaimFile, names: Collection[str]) -> Iterator[Contrast]:
         for a, b in itertools.pairwise(of) if file.kind == "monotone" else itertools.product(of, than):
             if a == b:
                 raise UserError(f"{a}: is compared with itself")
-            allowed = _IMPLIED.get(file.kind) or target(file.value)
+            allowed = _IMPLIED.get(file.kind) or target(file.value, file.kind == "ratio")
             yield Contrast({a: one}, allowed, over=b) if file.kind == "ratio" else Contrast({a: one, b: -one}, allowed)
             if file.kind == "sensitive":
                 yield Contrast({b: one, a: -one}, allowed)
 
 
 def _filled(template: str, entry: Any) -> str:
-    return template.format(*entry) if isinstance(entry, list) else template.format(entry)
+    """The template with the entry's values in place of its braces. Nothing else that `str.format` can do: a stranger's
+    file would have it fill the memory."""
+    values = [str(value) for value in (entry if isinstance(entry, list) else [entry])]
+    rest = PLACE.sub("", template)
+    if "{" in rest or "}" in rest:
+        raise UserError(f"{shown(template)}: only {{}} or {{0}}, {{1}}, .. may stand in braces")
+    if too_long := [text for text in (template, *values) if len(text) > SHOWN]:
+        raise UserError(f"{shown(too_long[0])}: too long (allowed: {SHOWN} characters)")
+    return template.format(*values)
+
+
+def _weight(text: str) -> Fraction:
+    if not WEIGHT.fullmatch(text):
+        raise UserError(f"terms: {shown(text)} is no weight (allowed: a number below 10^9, e.g. -1, 0.5, 1/3)")
+    return Fraction(text)
 
 
 def _weighted(terms: Mapping[str, float | str], entry: Any, names: Collection[str]) -> dict[str, Fraction]:
-    found = {}
+    found: dict[str, Fraction] = {}
     for template, weight in terms.items():
         cells = _matching([template], entry, names)
-        found.update(dict.fromkeys(cells, Fraction(_filled(str(weight), entry)) / len(cells)))
+        for cell in cells:
+            found[cell] = found.get(cell, Fraction(0)) + _weight(_filled(str(weight), entry)) / len(cells)
     return found
 
 

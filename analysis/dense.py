@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from matplotlib.figure import Figure
 from analysis.curves import finish, styled
 from analysis.study import Study
 from sdae.errors import UserError
-from sdae.files import read_json
+from sdae.files import LARGEST, read_json
 from sdae.store import RunFolder
 
 MOST_CLASSES = 40  # bars; of more classes those with the most pixels or the highest AP are shown
@@ -39,8 +40,18 @@ def first_run(study: Study, cell: str) -> RunFolder:
 
 
 def pictures_of(run: RunFolder) -> list[Path]:
-    """Validation pictures with the truth at the left and the prediction at the right."""
-    return sorted((run.path / "pictures").glob("*.jpg"))
+    """Validation pictures with the truth at the left and the prediction at the right. No links: a page that shows them
+    would carry away what a stranger's run folder leads to."""
+    folder = run.path / "pictures"
+    return [] if folder.is_symlink() else sorted(path for path in folder.glob("*.jpg") if _is_picture(path))
+
+
+def _is_picture(path: Path) -> bool:
+    try:
+        found = path.lstat()
+        return stat.S_ISREG(found.st_mode) and found.st_size <= LARGEST
+    except OSError:
+        return False
 
 
 @styled

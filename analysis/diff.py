@@ -185,14 +185,16 @@ def _moved(
 def half_of_difference(a: Estimate, b: Estimate, shared: int = 0) -> float | None:
     """Half the 95 % interval of the difference of two means that have `shared` values in common; null: not known.
 
-    Var = s_a^2 / n_a + s_b^2 / n_b - 2 s_a s_b shared / (n_a n_b), on Welch and Satterthwaite's degrees of freedom.
+    Var = s_a^2 / n_a + s_b^2 / n_b - 2 s_a s_b shared / (n_a n_b), on Welch and Satterthwaite's degrees of freedom,
+    or those of the variance that both have in common.
     """
     if a.error is None or b.error is None or a.df is None or b.df is None:
         return None
     one, two = a.error**2, b.error**2
     if one + two == 0:
         return 0.0
-    df = (one + two) ** 2 / (one**2 / a.df + two**2 / b.df)
+    common = a.pool is not None and a.pool == b.pool
+    df = a.df if common else (one + two) ** 2 / (one**2 / a.df + two**2 / b.df)
     variance = one + two - 2 * a.error * b.error * shared / math.sqrt(a.n * b.n)
     return float(stdtrit(df, (1 + LEVEL) / 2)) * math.sqrt(max(variance, 0.0))
 

@@ -22,8 +22,8 @@ from analysis.study import study as study_of
 from analysis.table import stale
 from sdae.config import NOT_SCIENCE, dump, parse
 from sdae.errors import UserError
-from sdae.files import read_json
-from sdae.store import RunFolder, Store
+from sdae.files import plain_file, read_record
+from sdae.store import RunFolder, Store, number
 
 LOG_LINES = 10
 DETAILED = 2  # runs of which a terminal gets everything; JSON has it of all
@@ -114,7 +114,8 @@ class _Runs:
         planned = self.study.sweep.runs.get(identity)
         config = self.config(planned, result)
         init = (config or {}).get("init") or {}
-        hours = known["seconds"] * result.get("world_size", 1) / 3600 if known.get("seconds") is not None else None
+        devices = number(result, "world_size") or 1
+        hours = known["seconds"] * devices / 3600 if known.get("seconds") is not None else None
         value = known.get(self.metric) if self.metric and needs and state == "done" else None
         found = {
             "id": identity, "seed": (config or known).get("seed"), "state": state,
@@ -161,10 +162,17 @@ def _defaults(stage: str) -> dict[str, Any]:
 
 
 def _environment(record: dict[str, Any]) -> dict[str, Any]:
+    packages, gpus = record.get("packages"), record.get("gpus")
     return {
-        "python": record.get("python"), "torch": (record.get("packages") or {}).get("torch"),
-        "host": record.get("host"), "cores": record.get("cores"), "gpus": record.get("gpus"),
+        "python": _word(record.get("python")),
+        "torch": _word(packages.get("torch")) if isinstance(packages, dict) else None,
+        "host": _word(record.get("host")), "cores": int(number(record, "cores")) or None,
+        "gpus": [*map(str, gpus)] if isinstance(gpus, list) else None,
     }  # fmt: skip
+
+
+def _word(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
 
 
 def _checkpoints(folder: RunFolder, result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -172,19 +180,20 @@ def _checkpoints(folder: RunFolder, result: dict[str, Any]) -> list[dict[str, An
     sizes: dict[str, int] = {}
     with contextlib.suppress(OSError), os.scandir(folder.checkpoints) as entries:
         sizes = {e.name: e.stat().st_size for e in entries if e.name.endswith(".safetensors") and e.name[0] != "."}
-    recorded: dict[str, Any] = result.get("weights") or {}
+    listed = result.get("weights")
+    recorded: dict[str, Any] = listed if isinstance(listed, dict) else {}
     names = [*recorded, *sorted(sizes.keys() - recorded.keys())]
     return [{"name": n, "sha256": recorded.get(n) or _checksum(folder, n), "bytes": sizes.get(n)} for n in names]
 
 
 def _checksum(folder: RunFolder, name: str) -> str | None:
     """As a state that a run goes on from has it beside itself."""
-    return (read_json((folder.checkpoints / name).with_suffix(".sha256.json")) or {}).get("sha256")
+    return (read_record((folder.checkpoints / name).with_suffix(".sha256.json")) or {}).get("sha256")
 
 
 def _tail(folder: RunFolder) -> list[str]:
     """The last lines of the log."""
-    with contextlib.suppress(OSError), open(folder.log, "rb") as file:
+    with contextlib.suppress(OSError), open(folder.log, "rb", opener=plain_file) as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 16_384))
         return file.read().decode("utf-8", "replace").splitlines()[-LOG_LINES:]
     return []
@@ -319,5 +328,5 @@ def _facts(run: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "weights", f"{file['name']} ({size}) sha256 {file['sha256'] or 'not recorded'}"
     if len(files) > 2:
         yield "", f"and {len(files) - 2} more"
-    for number, line in enumerate(run["log"]):
-        yield "" if number else "log", line
+    for at, line in enumerate(run["log"]):
+        yield "" if at else "log", line

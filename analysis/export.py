@@ -69,7 +69,7 @@ def compare(store: Store, first: str, second: str) -> dict[str, Any]:
     for key in dict.fromkeys([*left, *right]):
         before, after = left.get(key), right.get(key)
         if all(value is None or isinstance(value, (int, float)) for value in (before, after)):
-            metrics[key] = [before, after, None if before is None or after is None else after - before]
+            metrics[key] = [before, after, None if before is None or after is None else _minus(after, before)]
     config = {key: [a.get(key), b.get(key)] for key in dict.fromkeys([*a, *b]) if a.get(key) != b.get(key)}
     return {"runs": [run.id for run in runs], "synthetic": store.synthetic, "config": config, "metrics": metrics}
 
@@ -77,7 +77,18 @@ def compare(store: Store, first: str, second: str) -> dict[str, Any]:
 def _config(run: RunFolder) -> dict[str, Any] | None:
     """From config.yaml, or, where a store was thinned out to its results, from result.json."""
     config = run.config()
-    return dump(config) if config else (run.result() or {}).get("config")
+    if config:
+        return dump(config)
+    found = (run.result() or {}).get("config")
+    return found if isinstance(found, dict) else None
+
+
+def _minus(after: float, before: float) -> float | None:
+    """Null where one of them is a whole number beyond every float, and the other none."""
+    try:
+        return after - before
+    except OverflowError:
+        return None
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -33,7 +33,7 @@ import pyarrow.parquet as pq
 
 from sdae.config import NEUTRAL, NOT_SCIENCE
 from sdae.errors import UserError
-from sdae.files import parse_json, read_json, write_atomically
+from sdae.files import parse_json, read_json, read_plain, write_atomically
 from sdae.store import FORMAT, MARK, Store
 from sdae.yamls import read_own
 
@@ -113,6 +113,8 @@ _MAPPER = {TEXT: pd.StringDtype("pyarrow"), WHOLE: pd.Int64Dtype(), TRUTH: pd.Bo
 _DENSE = ("miou", "macc", "aacc", "apb", "apb50", "apb75", "apm", "apm50", "apm75")
 _PLAIN = (*_DENSE, "top1", "top5", "loss", "knn_top1", "time", "overhead", "memory", "images_per_s", "mfu")
 INDEX = "index.parquet"
+MOST_INDEX = 2**30  # bytes
+MOST_METRICS = 1000  # of a result: each is a column of every run's row
 _MIXED = {
     False: f"result.json is synthetic, made up, and the store has no file {MARK}: not taken for a measured one",
     True: f"result.json is of a real run, and the file {MARK} says that the store holds synthetic ones only",
@@ -228,8 +230,7 @@ def _read(store: Store, identity: str, stamp: int, synthetic: bool) -> dict[str,
     row: dict[str, Any] = dict.fromkeys(_TYPES)
     row |= {"id": identity, "stage": identity.rpartition("-")[0], "stamp": stamp, "synthetic": synthetic, "metrics": {}}
     try:
-        with open(folder + "/result.json", "rb", buffering=0) as file:
-            result = parse_json(file.read())
+        result = parse_json(read_plain(folder + "/result.json"))
     except FileNotFoundError:
         return _unfinished(folder, row)
     except (OSError, ValueError, RecursionError):
@@ -242,6 +243,8 @@ def _read(store: Store, identity: str, stamp: int, synthetic: bool) -> dict[str,
         return _torn(row, f"result.json is that of {result['id']}")
     if (made_up := bool(result.get("synthetic", False))) != synthetic:
         return _torn(row | {"synthetic": made_up}, _MIXED[synthetic])
+    if (metrics := len(result["metrics"])) > MOST_METRICS:
+        return _torn(row, f"result.json holds {metrics:,} metrics (allowed: {MOST_METRICS:,})")
     config = result.get("config") or _config_file(folder)
     try:
         if config:
@@ -323,7 +326,7 @@ def _outcome(row: dict[str, Any], result: dict[str, Any]) -> None:
     provenance = result.get("provenance") or {}
     for key in ("commit", "dirty", "substance"):
         row[key] = provenance.get(key)
-    metrics = row["metrics"] = result["metrics"]
+    metrics = row["metrics"] = {key: None if _endless(value) else value for key, value in result["metrics"].items()}
     for key in _PLAIN:
         row[key] = metrics.get(key)
     for key in ("time", "overhead"):
@@ -357,6 +360,11 @@ def _merge(index: pa.Table | None, rows: list[dict[str, Any]], kept: set[str], v
     return table.sort_by("id").replace_schema_metadata({"sdae": version})
 
 
+def _endless(value: Any) -> bool:
+    """Infinite or not a number: JSON has no such numbers, so nobody that writes it can take them."""
+    return isinstance(value, float) and value - value != 0
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
@@ -365,21 +373,21 @@ def _array(values: list[Any], kind: pa.DataType) -> pa.Array:
     """A typed column. A value of another type (a hand-made result) is unknown, and does not take the others with it."""
     try:
         return pa.array(values, type=kind)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, UnicodeEncodeError):
         return pa.array([_checked(value, kind) for value in values], type=kind)
 
 
 def _checked(value: Any, kind: pa.DataType) -> Any:
     try:
         return pa.scalar(value, type=kind).as_py() if kind != TIME else None
-    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, UnicodeEncodeError):
         return None
 
 
 def _load(path: Path, version: str) -> pa.Table | None:
     """The index where it is whole and of this version; else None, and it is made anew."""
     try:
-        content = path.read_bytes()
+        content = read_plain(path, MOST_INDEX)
         file = pq.ParquetFile(io.BytesIO(content))
         if (file.schema_arrow.metadata or {}).get(b"sdae") != version.encode():
             return None

@@ -243,6 +243,8 @@ def _fieller(top: Form, below: Form, difference: Form) -> tuple[float | None, fl
     """Fieller's interval of top / below, independent of one another; none where `below` may be 0."""
     if top.variance is None or below.variance is None:
         return None, None
+    if difference.variance == 0:  # no spread at all, or a cell over itself
+        return _middle(top) / _middle(below), _middle(top) / _middle(below)
     t = float(stdtrit(difference.df, 1 - ALPHA / 2))
     a, b = _middle(top), _middle(below)
     g = t * t * below.variance / (b * b)

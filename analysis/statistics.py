@@ -31,8 +31,9 @@ class Pool:
 class Estimate:
     """A mean over `n` seeds. `error` is its standard error on `df` degrees of freedom; null where nothing tells it.
 
-    `source` of the error: `seeds` (this cell's own), `pooled` (few seeds, the variance of all arms of the stage, which
-    is `pool`), `repeats` (one cost run, the spread of its repeats), or null.
+    `source` of the error: `seeds` (this cell's own), `pooled` (few seeds, the variance of all arms of the stage),
+    `repeats` (one cost run, the spread of its repeats), or null. `pool`: the variance that others have in common with
+    it; the only arm with several seeds is the pool.
     """
 
     mean: float
@@ -58,17 +59,26 @@ class Estimate:
         return None if self.half is None else self.mean + self.half
 
 
-def pool(groups: Iterable[Sequence[float]]) -> Pool | None:
-    """The pooled variance of groups (arms) of seeds; groups of one tell nothing of it."""
+def pool(groups: Iterable[Sequence[float]], steps: bool = False) -> Pool | None:
+    """The pooled variance of groups (arms) of seeds; groups of one tell nothing of it.
+
+    steps: the values are multiples of something, such as a share of so many pictures; then ties alone tell nothing.
+    """
     several = [np.asarray(group, dtype=float) for group in groups if len(group) >= 2]
     df = sum(len(group) - 1 for group in several)
     if not df:
         return None
-    return Pool(sum(float(((group - group.mean()) ** 2).sum()) for group in several) / df, df, len(several))
+    if steps and all(group.min() == group.max() for group in several):  # a mean of equal numbers is off by a last digit
+        return None
+    variance = sum(float(((group - group.mean()) ** 2).sum()) for group in several) / df
+    return Pool(variance, df, len(several))
 
 
-def estimate(values: Sequence[float], pooled: Pool | None = None, repeats: tuple[float, int] | None = None) -> Estimate:
-    """The mean of one value per seed. `repeats`: (standard deviation, number) of the repeats within a single run.
+def estimate(
+    values: Sequence[float], pooled: Pool | None = None, repeats: tuple[float, int] | None = None, steps: bool = False
+) -> Estimate:
+    """The mean of one value per seed. `repeats`: (standard deviation, number) of the repeats within a single run;
+    `steps` as in `pool`.
 
     With `FEW` seeds or more the interval is Student's on their own variance. With fewer it takes the variance pooled
     over the stage's arms, its own among them, where that stands on more degrees of freedom; a single cost run has the
@@ -80,8 +90,9 @@ def estimate(values: Sequence[float], pooled: Pool | None = None, repeats: tuple
         return Estimate(mean, n, repeats[0] / math.sqrt(repeats[1]), repeats[1] - 1, "repeats")
     if n < FEW and pooled is not None and pooled.df > n - 1:
         return Estimate(mean, n, math.sqrt(pooled.variance / n), pooled.df, "pooled", pooled)
-    if n >= 2:
-        return Estimate(mean, n, float(np.std(values, ddof=1)) / math.sqrt(n), n - 1, "seeds")
+    if n >= 2 and not (steps and min(values) == max(values)):
+        shared = pooled if pooled is not None and pooled.df == n - 1 else None
+        return Estimate(mean, n, float(np.std(values, ddof=1)) / math.sqrt(n), n - 1, "seeds", shared)
     return Estimate(mean, n)
 
 

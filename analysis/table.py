@@ -6,6 +6,7 @@ but the seed is never averaged, and synthetic results never stand beside real on
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -226,7 +227,7 @@ class Builder:
         # A cost grows with what is measured, so the arms of its stage have no variance in common
         pooled = None if stage == "cost" and len(known) > 1 else self.pooled(stage, cell.metric)
         repeats = self.repeats(known[0], cell.metric) if len(done) == 1 else None
-        result.estimate = estimate([measured[i] for i in known], pooled, repeats)
+        result.estimate = estimate([measured[i] for i in known], pooled, repeats, steps=stage != "cost")
         if paper is not None and self.sweep.scale.name == "paper":
             result.verdict = verdict(result.estimate, paper)
             result.difference = result.estimate.mean - paper.value
@@ -261,7 +262,7 @@ class Builder:
             mine = mine[planned | same.to_numpy()]
             names = [self.arms.get(str(i), a) for i, a in zip(mine.index, mine["arm"], strict=True)]
             groups = mine[metric].groupby(pd.Series(names, index=mine.index, dtype=object))
-            self.pools[stage, metric] = pool([list(values) for _, values in groups])
+            self.pools[stage, metric] = pool([list(values) for _, values in groups], steps=stage != "cost")
         return self.pools[stage, metric]
 
     def scaled_meta(self, rows: list[TableRow]) -> None:
@@ -269,16 +270,20 @@ class Builder:
         for row in rows:
             for key in [key for key in row.meta if key in _HERE]:
                 for cell in row.cells.values():
-                    value = self.here(_HERE[key], cell)
+                    value = self.here(_HERE[key], cell, row.meta[key])
                     if value is not None:
                         row.meta[f"{key} here"] = value
 
-    def here(self, key: str, cell: TableCell) -> Any:
+    def here(self, key: str, cell: TableCell, printed: Any) -> Any:
+        """What a printed number of the row has become: of the run that has it, the first one of those in a row."""
         found = self.sweep.cells.get(cell.cell)
         run: PlannedRun | None = self.sweep.runs[found[0][1]] if found else None
-        while run is not None and key != "init.epoch" and run.needs:
-            run = self.sweep.runs.get(run.needs[0])
-        if run is None or key not in run.paper:
+        chain: list[PlannedRun] = []
+        while run is not None:
+            chain.insert(0, run)
+            run = self.sweep.runs.get(run.needs[0]) if run.needs else None
+        run = next((r for r in chain if key in r.paper and _same_number(r.paper[key], printed)), None)
+        if run is None:
             return None
         value: Any = dump(run.config)
         for part in key.split("."):
@@ -357,3 +362,11 @@ def arms(sweep: Sweep, frame: pd.DataFrame | None = None) -> dict[str, str]:
         mine = own.get(identity) or frames.config_hash(dump(run.config))[1]
         found[identity] = frames.arm_name(mine, found.get(need, need) if need else None)
     return found
+
+
+def _same_number(value: Any, printed: Any) -> bool:
+    """A row's meta may be text, such as "0.90"; one that is no number at all stands for whatever the run has."""
+    try:
+        return math.isclose(float(value), float(printed), rel_tol=1e-9)
+    except (TypeError, ValueError):
+        return True

@@ -19,7 +19,7 @@ from analysis.inference import ALPHA, MOST_SEEDS, Measured, judge, names_a_value
 from analysis.paper import Printed, counts
 from analysis.statistics import Estimate
 from analysis.study import study
-from analysis.verdicts import _hours, found, judge_study, ledger, render
+from analysis.verdicts import _hours, _Price, found, judge_study, ledger, measured, render
 from sdae.errors import UserError
 from sdae.store import Store, SyntheticStore
 
@@ -125,7 +125,8 @@ def test_any_claim_may_have_a_note(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_a_value(text: str, low: str, high: str, shown: str) -> None:
-    assert (target(text).low, target(text).high, str(target(text))) == (Fraction(low), Fraction(high), shown)
+    found = target(text, ratio="%" in text)
+    assert (found.low, found.high, str(found)) == (Fraction(low), Fraction(high), shown)
 
 
 def test_half_lines() -> None:
@@ -241,6 +242,9 @@ def test_p_values_of_a_claim() -> None:
     assert (three.holds, three.missing) == (1.0, ["d"])
     assert three.fails == pytest.approx(min(1.0, 3 * min(one.fails for one in alone)))
     assert three.p == three.p_holm == 1.0, "no p is above 1"
+    far = cells | {"a": cell(83.7, arm="a")}  # contradicted, by how many contrasts there are
+    one, two = (judge([claim(difference("a", "b"), *[difference("a", "d")] * more)], far)[0].fails for more in (0, 1))
+    assert two == pytest.approx(2 * one) and two < 0.5
     (some,) = judge([claim(difference("a", "b"), difference("a", "c"), kind="sensitive")], cells)
     assert some.holds == pytest.approx(min(1.0, 2 * min(one.holds for one in alone)))
     assert some.fails == pytest.approx(max(one.fails for one in alone))
@@ -273,6 +277,7 @@ def test_one_arm_in_many_cells_and_one_pool() -> None:
     (one,) = judge([claim(mean)], same)
     (two,) = judge([claim(difference("a", "c"))], same)
     assert (one.readings[0].low, one.p) == (pytest.approx(two.readings[0].low), pytest.approx(two.p))
+    assert one.readings[0].spread == pytest.approx(two.readings[0].spread) == {"x": 0.01, "c": 0.01}
     own = {name: Measured(Estimate(m, 3, e, 2, "seeds"), name) for name, m, e in (("a", 84.0, 0.3), ("b", 83.0, 0.1))}
     (found,) = judge([claim(difference("a", "b"))], own)
     df = (0.09 + 0.01) ** 2 / (0.09**2 / 2 + 0.01**2 / 2)
@@ -302,6 +307,17 @@ def test_a_ratio_that_holds_its_divisor_and_printed_numbers() -> None:
     half = (sure.readings[0].high - sure.readings[0].low) / 2  # type: ignore[operator]
     assert found.readings[0].low == pytest.approx(6.0 - 2.05 - half)
     assert found.readings[0].high == pytest.approx(6.0 - 1.95 + half)
+    near = {"a": cell(2.0, arm="a", sd=0.1)}
+    (found,) = judge([claim(difference("a", "b"))], near, printed)
+    above, below = (judge([claim(Contrast({"a": ONE}, target(f"> {b}")))], near)[0] for b in (2.05, 1.95))
+    assert (found.holds, found.fails) == (pytest.approx(above.holds), pytest.approx(below.fails)), "whatever it was"
+
+
+def test_a_ratio_whose_divisor_may_be_nothing_has_no_interval() -> None:
+    ratio = Contrast({"a": ONE}, target("> 0.5"), over="b")
+    for sd, told in ((0.7, True), (1.0, False), (3.0, False)):  # of 1: 0 is outside, inside, far inside
+        (found,) = judge([claim(ratio)], {"a": cell(2.0, arm="a"), "b": cell(1.0, arm="b", sd=sd)})
+        assert (found.readings[0].low is not None) == told, sd
 
 
 def test_a_spread_of_nothing_is_certain() -> None:
@@ -310,6 +326,14 @@ def test_a_spread_of_nothing_is_certain() -> None:
     assert (found.verdict, found.holds, found.fails) == ("supported", 0.0, 1.0)
     (level,) = judge([claim(difference("a", "b"))], sure | {"b": sure["a"]})
     assert level.holds == 1.0
+    (half,) = judge([claim(difference("a", "b"))], sure | {"b": cell(83.0, arm="b")})
+    assert half.readings[0].spread == pytest.approx({"a": 0.0, "b": 0.01})
+
+
+def test_a_cell_over_itself_is_one() -> None:
+    cells = {name: cell(2.0, arm="x", sd=0.1) for name in "ab"}
+    (found,) = judge([claim(Contrast({"a": ONE}, target("> 0.5"), over="b"))], cells)
+    assert (found.readings[0].estimate, found.readings[0].low, found.readings[0].high) == (1.0, 1.0, 1.0)
 
 
 def test_seeds_that_decide() -> None:
@@ -331,6 +355,8 @@ def test_seeds_that_decide() -> None:
     assert seeds_needed(judge([claim(*pair, kind="sensitive")], cells)[0], 1) == few, "one is enough"
     under = cells | {"a": cell(83.8, arm="a")}
     assert seeds_needed(judge([claim(*pair)], under)[0], 1) == few, "one is enough to contradict"
+    between = cells | {"a": cell(83.98, arm="a")}
+    assert seeds_needed(judge([claim(*pair)], between)[0], 1) == needed(-0.02), "one that fails is enough"
     for error, df in ((0.1, None), (None, 2)):
         half = {"a": Measured(Estimate(84.0, 3, error, df), "a"), "b": cell(80.0, arm="b")}
         assert judge([claim(difference("a", "b"))], half)[0].readings[0].low is None
@@ -389,6 +415,8 @@ def test_what_an_undecided_claim_needs(tmp_path: Path) -> None:
     assert seeds > 3 and needs["near"].startswith(
         f"{seeds} seeds of each arm, {seeds - 3} more: {4 * (seeds - 3)} runs, "
     )
+    (judged,) = [one for one in judge(ledger(here), measured(here), absolute=False) if one.claim.id == "near"]
+    assert seeds == seeds_needed(judged, 2) > seeds_needed(judged, 1), "two undecided claims share the level"  # type: ignore[operator]
     assert re.fullmatch(r"(more than 1000 seeds: \S+ is at the edge|\d+ seeds of each arm, .*)", needs["level"])
     assert needs["absent"] == "not measured: own.none.top1, table5.full.top1 (not asked for)"
     assert needs["said"] == "nothing that a run could tell: nobody knows"
@@ -400,7 +428,8 @@ def test_what_an_undecided_claim_needs(tmp_path: Path) -> None:
     head, blank, tally, space, elsewhere, gap, columns, rule, *body = text.split("\n")
     assert head == f"**Claims.** Scale {here.scale.title}. SYNTHETIC RESULTS, made up."
     assert tally == "7 claims: 1 supported, 0 contradicted, 6 undecided." and (blank, space, gap) == ("", "", "")
-    assert columns == "| verdict | claim | the sentence | estimate | says | needs |" and rule.count("|") == 7
+    assert columns == "| verdict | claim | the sentence | estimate | says | needs |"
+    assert rule == "| :-- | :-- | :-- | --: | :-- | :-- |"
     assert (
         len(body) == 8 and body[-1] == "" and all(line.startswith("| ") and line.endswith(" |") for line in body[:-1])
     )
@@ -415,6 +444,8 @@ def test_what_an_undecided_claim_needs(tmp_path: Path) -> None:
     assert values["claim"] == "near" and values["seeds"] == "3"
     for key in ("estimate", "low", "high", "p", "p_holm"):
         assert float(values[key]) == told["near"][key], key
+    *_, last = render([entries[0] | {"printed": ["table2.x.y", "table2.x.z"]}], here, "csv").splitlines()
+    assert last.endswith(",table2.x.y table2.x.z")
     marked = render([entries[0] | {"quote": "L<sup>2</sup>, x<sub>i</sub> <b>bold</b>"}], here)
     assert "L<sup>2</sup>, x<sub>i</sub> &lt;b>bold&lt;/b>" in marked
 
@@ -430,6 +461,19 @@ def test_numbers_of_sentences_count_at_the_papers_scale(tmp_path: Path) -> None:
     )
     low, high = re.search(r"([\d,.]+) to ([\d,.]+) GPU-hours", told["near"]["needs"]).groups()  # type: ignore[union-attr]
     assert 0 < float(low.replace(",", "")) < float(high.replace(",", ""))
+    assert "another scale" not in render([*told.values()], here)
+
+
+def test_what_seeds_cost(tmp_path: Path) -> None:
+    """Four seeds take four times what one takes; what is planned for one seed and not done takes as much as one."""
+    own = tmp_path / "own.yaml"
+    own.write_text(OWN)
+    price = _Price(study(SyntheticStore(tmp_path / "runs"), [own], "paper", (0,)))
+    one, four = (
+        [float(n.replace(",", "")) for n in re.findall(r"[\d,.]*\d", price.of(["own.a.top1"], n))] for n in (1, 4)
+    )
+    assert four == pytest.approx([4 * n for n in one], rel=0.01)
+    assert price.of(["own.a.top1"]) == price.of(["own.a.top1"], 1)
 
 
 def many_of(tmp_path: Path) -> Path:
@@ -461,3 +505,21 @@ def test_what_is_not_run_yet(tmp_path: Path) -> None:
     assert (empty["far"]["estimate"], empty["far"]["p"], empty["far"]["target"], empty["far"]["seeds"]) == (
         None,
     ) * 3 + (0,)
+
+
+def test_terms_that_overlap_are_added(tmp_path: Path) -> None:
+    """A cell against the mean of all, itself among them."""
+    file = tmp_path / "x.yaml"
+    file.write_text(
+        "- {id: x, quote: x, where: x, kind: sum, value: '> 0', terms: {table1.mae.time: 1, 'table1.*.time': -1}}\n"
+    )
+    (found,) = load(file)
+    terms = found.contrasts[0].terms
+    assert terms["table1.mae.time"] == 1 - Fraction(1, len(terms))
+    assert sum(terms.values()) == 0
+
+
+@pytest.mark.parametrize(("text", "ratio"), [("+1.2", False), ("+1.2", True), ("1.2%", False), ("+49.9%", False)])
+def test_values_that_would_mean_something_else(text: str, ratio: bool) -> None:
+    with pytest.raises(ValueError, match="and of a ratio"):
+        target(text, ratio)

