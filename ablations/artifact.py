@@ -99,7 +99,7 @@ class ColumnFile(_Strict):
 
 class RowFile(_Strict):
     label: str | None = None
-    grid: dict[str, list[Scalar]] = {}
+    grid: dict[str, Annotated[list[Scalar], Field(min_length=1)]] = {}
     meta: dict[str, Scalar] = {}
     runs: dict[str, dict[str, Any] | None] | None = None
 
@@ -130,6 +130,17 @@ def available() -> list[str]:
     return sorted((p.stem for p in HERE.glob("*.yaml") if p.stem != "recipes"), key=lambda name: (name[0] != "t", name))
 
 
+def _texts(values: Any, where: str) -> Any:
+    """The same values. Raises UserError for a key that YAML does not take for text, as it does `on` and `3`."""
+    for key, value in (
+        values.items() if isinstance(values, dict) else enumerate(values if isinstance(values, list) else ())
+    ):
+        if isinstance(values, dict) and not isinstance(key, str):
+            raise UserError(f"{where}: the key {key!r} is no text to YAML (allowed: put it in quotes)")
+        _texts(value, where)
+    return values
+
+
 def load_artifact(name_or_path: str | Path, scale: str | Path | Scale = "paper") -> Artifact:
     """An artifact of the suite by name, or a user's own from its file. Its notes say what the scale does to it."""
     text = str(name_or_path)
@@ -143,7 +154,7 @@ def load_artifact(name_or_path: str | Path, scale: str | Path | Scale = "paper")
         reason = "is that of one of the suite's own" if taken else "has other signs than letters, digits, - and _"
         raise UserError(f"{path}: the file's name is the artifact's name, and {name!r} {reason}; rename it")
     try:
-        file = ArtifactFile.model_validate(read_yaml(path))
+        file = ArtifactFile.model_validate(_texts(read_yaml(path), str(path)))
     except ValidationError as error:
         raise UserError(f"{path}: {explain(error, ArtifactFile)}") from None
     if (file.paper or file.claims) and not own:

@@ -232,7 +232,7 @@ class _Planner:
     def _scaled(self, spec: Values, need: PlannedRun | None, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
         """A spec in the paper's terms as a config at this scale, and the paper's values of what the scale changed."""
         name = spec.get("recipe")
-        if name not in recipes():
+        if not isinstance(name, str) or name not in recipes():
             raise UserError(f"{where}.recipe: {name!r} is unknown (allowed: {', '.join(recipes())})")
         own = {k: v for k, v in spec.items() if k != "recipe"}
         for key, option in (("seed", "--seeds"), ("scale", "--scale")):
@@ -254,10 +254,10 @@ class _Planner:
                 self._tokens(values, paper)
             if need is not None:
                 values["init"] = self._init(values["init"], need, paper)
-        except (TypeError, AttributeError, KeyError):
-            pass  # a value of the wrong type: parse() says which
         except UserError as error:
             raise UserError(f"{where}.{error}") from None
+        except (TypeError, AttributeError, KeyError, ValueError, ArithmeticError):
+            pass  # a value that cannot be: parse() says which
         return values, paper
 
     def _length(self, values: dict[str, Any], paper: dict[str, Any]) -> tuple[int, int]:
@@ -286,11 +286,12 @@ class _Planner:
         factor = getattr(self.scale.epochs, values["stage"])
         steps = optim["steps"]
         here = scale_epochs(steps, factor)
-        optim |= {"steps": here, "warmup_steps": round_half_up(optim.get("warmup_steps", 0) * here / steps)}
+        before = {f"optim.{key}": optim[key] for key in ("steps", "warmup_steps", "milestones") if optim.get(key)}
+        optim |= {"steps": here, "warmup_steps": round_half_up(optim["warmup_steps"] * here / steps)}
         if optim.get("milestones"):
             optim["milestones"] = sorted({max(1, round_half_up(m * here / steps)) for m in optim["milestones"]})
         if here != steps:
-            paper["optim.steps"] = steps
+            paper |= before
         values["optim"] = optim
         return steps, here
 
@@ -377,5 +378,5 @@ _RELEASED = frozenset(
 
 def _pictures(data: Pictures) -> str:
     """What tells one set of pictures from another."""
-    keys = {"name", "path", "classes", "train_pictures", "val_pictures", "image_size"}
+    keys = {"name", "path", "classes", "train_pictures", "val_pictures"}
     return type(data).__name__ + data.model_dump_json(include=keys)

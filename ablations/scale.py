@@ -127,6 +127,11 @@ def load_scale(name: str | Path | Scale) -> Scale:
         raise UserError(f"{path}: {prefix}{explain(error, owner)}") from None
     except UserError as error:  # an unknown arch
         raise UserError(f"{path}: {error}") from None
+    if path.parent != HERE / "scales" and scale.name in scales():
+        raise UserError(
+            f"{path}: name: {scale.name!r} is that of one of the suite's own scales, whose results are held against "
+            "the paper or pooled (allowed: another file name, or a name: in the file)"
+        )
     _check(scale, path)
     return scale
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,9 @@ def test_momentum_of_epochs_and_of_iterations(tmp_path: Path) -> None:
         planned(tmp_path, f"recipe: sdae, optim: {{epochs: 100, batch_size: 512}}, {ema.format('iteration', 'null')}")
     )
     assert need.config.method.ema.momentum == tidy(0.9 ** (100 * (PAPER_PICTURES // 512) / (5 * 1))), "a step at least"
+    near_one = "method: {ema: {every: iteration, momentum: 0.99999, momentum_end: null}}"
+    _, need = both(planned(tmp_path, f"recipe: sdae, optim: {{epochs: 100, batch_size: 512}}, {near_one}"))
+    assert need.config.method.ema.momentum == tidy(0.99999 ** (100 * (PAPER_PICTURES // 512) / 5)) > 0.5
     for every in ("epoch", "iteration"):
         keys = f"recipe: sdae, optim: {{epochs: 100, batch_size: 512}}, {ema.format(every, 0.99)}"
         _, need = both(planned(tmp_path, keys, "paper", content="a" * 16))
@@ -153,6 +157,8 @@ def test_crops_keep_their_share(tmp_path: Path) -> None:
     cost = "finetune: {recipe: cost, method: {teacher: {view: crop, tokens: 147}}}"
     (alone,) = planned(tmp_path, "recipe: sdae", tuned=cost, head=HEAD.replace("top1}", "time}")).runs.values()
     assert alone.config.method.teacher.view == "masked", "the ratio that a method has by default"
+    with pytest.raises(UserError, match=r"tokens: 150 of the paper's 196 patches \(allowed: 1 to 147, or 196\)"):
+        planned(tmp_path, "recipe: sdae", tuned=cost.replace("147", "150"), head=HEAD.replace("top1}", "time}"))
     plain = "recipe: sdae, method: {teacher: {view: crop, tokens: 147}}"
     assert both(planned(tmp_path, plain))[1].config.method.teacher.view == "masked", "the recipe's own mask ratio"
 
@@ -229,14 +235,20 @@ def test_two_artifacts_of_one_name_are_told_by_their_files(tmp_path: Path) -> No
 
 def test_pictures_differ_by_each_of_their_keys(tmp_path: Path) -> None:
     """Two rows of other pictures have other fingerprints, and so other runs."""
-    for key, values in (("train_pictures", (64, 128)), ("val_pictures", (50, 60)), ("classes", (4, 5))):
+    for key, values in (
+        ("train_pictures", (64, 128)),
+        ("val_pictures", (50, 60)),
+        ("classes", (4, 5)),
+        ("name", ("cifar10", "cifar100")),
+    ):
         own = tmp_path / "own.yaml"
         rows = ", ".join(
             f"{name}: {{runs: {{pretrain: {{recipe: sdae, data: {{{key}: {v}}}}}}}}}"
             for name, v in zip("ab", values, strict=True)
         )
         own.write_text(f"{HEAD}runs: {{{TUNED}, pretrain: {{recipe: sdae}}}}\nrows: {{{rows}}}\n")
-        runs = [run for run in plan([own], "smoke").runs.values() if run.config.stage == "pretrain"]
+        content = {"cifar10": "a" * 16, "cifar100": "b" * 16}
+        runs = [r for r in plan([own], "smoke", content=content).runs.values() if r.config.stage == "pretrain"]
         assert len({run.config.data.fingerprint for run in runs}) == 2, key
 
 
@@ -249,13 +261,16 @@ def test_what_is_known_of_pictures_elsewhere() -> None:
     known = plan(["table5"], "paper", content={"imagefolder": "b" * 16})
     assert not known.provisional
     assert {run.config.data.fingerprint for run in known.runs.values()} == {"b" * 16}
+    dense = plan(["table3"], "paper", content={"imagefolder": "b" * 16, "segment ade20k": "c" * 16})
+    found = {run.config.data.fingerprint for run in dense.runs.values() if run.config.stage == "segment"}
+    assert found == {"c" * 16}
     for content in (None, {"other": "b" * 16}):
         unknown = plan(["table5"], "paper", content=content)
         assert unknown.provisional and {run.config.data.fingerprint for run in unknown.runs.values()} == {None}
     assert not plan(["table1"], "paper").provisional, "a cost run takes no pictures"
 
 
-def test_released_weights_are_known_by_their_digest() -> None:
+def test_released_weights_are_known_by_their_digest(tmp_path: Path) -> None:
     cell = "table2.moco-v3-300.finetune"
     assert cell in plan(["table2"], "paper", content="a" * 16).blocked
     files = {spec["init"]["weights"] for _, spec in _released_specs() if "weights" in spec["init"]}
@@ -264,9 +279,36 @@ def test_released_weights_are_known_by_their_digest() -> None:
     assert sweep.blocked == {} and cell in sweep.cells
     run = sweep.runs[sweep.cells[cell][0][1]]
     assert (run.config.init.digest, run.needs) == ("d" * 64, ())
+    file = tmp_path / "weights.safetensors"
+    file.write_bytes(b"of somebody")
+    own = tmp_path / "own.yaml"
+    own.write_text(
+        f"{HEAD}rows: {{a: {{runs: {{finetune: {{recipe: finetune, init: {{weights: 'file:{file}'}}}}}}}}}}\n"
+    )
+    (run,) = plan([own], "small", content="a" * 16).runs.values()
+    assert run.config.init.digest == hashlib.sha256(b"of somebody").hexdigest(), "a text stands for pictures alone"
 
 
 def _released_specs() -> list[tuple[str, dict[str, Any]]]:
     table = plan(["table2"], "paper", content="a" * 16).artifacts[0]
     runs = [specs[name] for name, specs in table.specs.values()]
     return [("table2", spec) for spec in runs if isinstance(spec.get("init"), dict)]
+
+
+@pytest.mark.parametrize("key", ["warmup_steps", "milestones"])
+def test_dense_arms_that_become_one_are_told(key: str, tmp_path: Path) -> None:
+    values = ("1500", "1520") if key == "warmup_steps" else ("[65970, 80630]", "[65975, 80630]")
+    own = tmp_path / "own.yaml"
+    stage = "segment" if key == "warmup_steps" else "detect"
+    metric = "miou" if stage == "segment" else "apb"
+    run = f"recipe: {stage}, init: {{run: pretrain, weights: student}}"
+    rows = ", ".join(
+        f"{n}: {{runs: {{x: {{{run}, optim: {{{key}: {v}}}}}}}}}" for n, v in zip("ab", values, strict=True)
+    )
+    own.write_text(
+        f"title: X\ncolumns: {{m: {{run: x, metric: {metric}}}}}\n"
+        f"runs: {{x: {{{run}}}, pretrain: {{recipe: sdae}}}}\n"
+        f"rows: {{{rows}}}\n"
+    )
+    with pytest.raises(UserError, match=f"become the same run: optim.{key} is"):
+        plan([own], "small")
