@@ -37,6 +37,12 @@ class Busy(Exception):
     """Slurm did not answer."""
 
 
+class Unanswered(UserError):
+    """What a command could not do since Slurm did not answer: to be tried again."""
+
+    code = 1
+
+
 @dataclass(frozen=True)
 class Task:
     """One task of a job array, as squeue or sacct tells of it. Times are seconds since 1970, 0.0 where not told."""
@@ -87,7 +93,7 @@ class Slurm:
         try:
             done = subprocess.run(
                 [program, *words[1:]], capture_output=True, text=True, timeout=self.timeout, env=environment(words[0]),
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.DEVNULL, errors="replace",
             )  # fmt: skip
         except subprocess.TimeoutExpired:
             raise Busy(f"{words[0]}: no answer in {self.timeout:.0f} s") from None
@@ -103,7 +109,7 @@ class Slurm:
     def queue(self, users: Iterable[str] = ()) -> list[Task]:
         """Tasks that are waiting or running, this user's and those of `users`: one squeue."""
         whose = f"--user={','.join(sorted({me(), *users}))}"
-        text = self.call("squeue", whose, "--array", "--noheader", "--format=%j|%F|%K|%T|%r|%N|%u|%V|%S")
+        text = self.call("squeue", whose, "--all", "--array", "--noheader", "--format=%j|%F|%K|%T|%r|%N|%u|%V|%S")
         tasks = []
         for name, job, index, state, reason, node, user, submitted, started in _rows(text, 9):
             if index.isdigit():
@@ -158,7 +164,9 @@ class Slurm:
         try:
             who = (f"user={me()}", f"cluster={config.get('ClusterName', '')}")
             text = self.call("sacctmgr", "--noheader", "--parsable2", "show", "assoc", *who, "format=MaxSubmitJobs")
-            counts += [int(line) for line in text.split() if line.isdigit()]
+            told = [line.strip() for line in text.splitlines()]  # of each account: a number, or nothing for no limit
+            closed = all(most == "0" for most in told)  # else one of them takes what another refuses
+            counts += [int(most) for most in told if most.isdigit() and (closed or int(most))]
         except (Refused, Busy, NoSlurm):
             pass  # no accounting; sbatch says so where it minds
         size = config.get("MaxArraySize", "")
@@ -174,11 +182,13 @@ def me() -> str:
 
 
 def environment(program: str) -> dict[str, str]:
-    """Ours, without what a surrounding job says of itself: an inner sbatch would take it for options."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_", "SRUN_")) or k in CLIENT}
+    """Ours, without what a surrounding job says of itself, and what stands for options that are not given: an inner
+    sbatch would take the one for options, and with the other squeue would show a part, and scancel ask."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(OPTIONS) or k in CLIENT}
     return kept | ({"SLURM_TIME_FORMAT": "%s"} if program in ("squeue", "sacct") else {})
 
 
+OPTIONS = ("SLURM_", "SBATCH_", "SRUN_", "SQUEUE_", "SCANCEL_", "SACCT_")
 CLIENT = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_CONF_SERVER")
 
 

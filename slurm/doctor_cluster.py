@@ -225,7 +225,9 @@ class _Doctor:
     def queue(self) -> Rows:
         limits = self.slurm.limits()
         submit = [f"{name} {most}" for name, (_, most, _, _) in (self.known or {}).items() if most.isdigit()]
-        told = f"{limits.tasks or 'no limit told'} (the least of MaxJobCount and MaxSubmitJobs)"
+        told = (
+            f"{'no limit told' if limits.tasks is None else limits.tasks} (the least of MaxJobCount and MaxSubmitJobs)"
+        )
         told += f"; MaxSubmitJobsPerUser of qos: {', '.join(submit)}" if submit else ""
         yield _row("queue", True, f"tasks at a time: {told}")
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from ablations.planner import PlannedRun
-from slurm.cluster import Slurm, me
-from slurm.ledger import CANCELLED, WITHDRAWN, Ledger, Reservation
+from slurm.cluster import Slurm, Task, me
+from slurm.ledger import CANCELLED, TOKEN, WITHDRAWN, Ledger, Reservation
 from slurm.look import Survey
 from slurm.reconcile import stuck
 
@@ -39,8 +39,9 @@ def mend(found: Survey, slurm: Slurm) -> list[str]:
 def _vain(found: Survey, ledger: Ledger) -> Iterator[str]:
     for task in filter(lambda task: task.ours, found.queue or ()):
         token = task.name.removeprefix("sdae-")
-        if stuck(task) and token != task.name and (submission := ledger.read(token)) is not None:
-            identity = submission.runs[task.index]
+        ours = token != task.name and TOKEN.fullmatch(token)
+        submission = ledger.read(token) if ours and stuck(task) else None
+        if submission is not None and (identity := submission.runs.get(task.index)) is not None:
             standing = found.standings.get(identity)
             failed = standing is not None and standing.state == "failed"
             if failed or ledger.lost(identity, token) or found.store.run(identity).done:
@@ -57,12 +58,26 @@ def cancellable(found: Survey) -> list[str]:
     ]  # fmt: skip
 
 
+def abandoned(found: Survey, slurm: Callable[[], Slurm]) -> dict[str, Task]:
+    """This user's tasks that go on although their runs were cancelled: Slurm did not answer to scancel."""
+    ledger, places = Ledger(found.store), dict[tuple[str, int], str]()
+    for identity, reservation in found.reservations.items():
+        if reservation.token == CANCELLED and identity in found.standings:
+            submission = ledger.read(ledger.orderer(identity, reservation))
+            for index, run in submission.runs.items() if submission else ():
+                if submission and run == identity:
+                    places[submission.name, index] = identity
+    queue = slurm().queue({me()}) if places else ()
+    return {places[task.name, task.index]: task for task in queue if task.ours and (task.name, task.index) in places}
+
+
 def cancel(identities: Iterable[str], found: Survey, slurm: Slurm, token: str = CANCELLED) -> list[str]:
     """Takes runs away from their tasks, then ends these: a task that starts all the same finds its run gone."""
     ledger, ended = Ledger(found.store), []
     queued = {task.id for task in found.queue or () if task.ours}
     for identity in identities:
-        if ledger.reserve(identity, found.reservations.get(identity, Reservation()), token):
+        reservation = found.reservations.get(identity, Reservation())
+        if reservation.token == CANCELLED or ledger.reserve(identity, reservation, token):
             ended.append(identity)
     tasks = (found.standings[identity].task for identity in ended)
     slurm.cancel(task.id for task in tasks if task is not None and task.id in queued)

@@ -22,7 +22,7 @@ import submitit
 from submitit.core.utils import DelayedSubmission
 
 from sdae.errors import Interrupted, RunFailed
-from sdae.store import GRACE_SECONDS, SUBMISSION, RunFolder, Store
+from sdae.store import GRACE_SECONDS, SUBMISSION, RunFolder, Store, number
 from slurm.ledger import Ledger, Submission
 from slurm.reconcile import LOST, PATIENCE, stalled
 from slurm.worker import record, run
@@ -135,8 +135,8 @@ class Attempt:
             return "superseded"
         # It may have failed meanwhile: in an array that Slurm took as well, or on a node that Slurm had given up
         failure = self.folder.failure() or {}
-        failed = failure.get("submission") == self.token and failure.get("class") not in LOST
-        meanwhile = not self.place.restart or failure.get("time", 0.0) > self.place.began
+        failed = failure.get("submission") == self.token and str(failure.get("class")) not in LOST
+        meanwhile = not self.place.restart or number(failure, "time") > self.place.began
         return "failed" if failed and meanwhile else None
 
     def _superseded(self) -> bool:

@@ -22,6 +22,7 @@ import uuid
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from sdae.errors import UserError
@@ -29,6 +30,7 @@ from sdae.files import flush, forget_dead, make_folder, process_start, read_reco
 from sdae.store import Store
 from slurm.cluster import me
 
+TOKEN = re.compile(r"[\w-]*", re.ASCII)  # an array's name in the store
 SUBMITTING = 600.0  # seconds that a submitter on another machine may take to call sbatch
 # Tokens of reservations that take a run away from its job: by a user, or because its need failed (`heal` hands it over
 # again as soon as that is done)
@@ -90,6 +92,9 @@ def job_name(token: str) -> str:
     return f"sdae-{token}"
 
 
+MADE = re.compile(r"[0-9a-f]{12}", re.ASCII)
+
+
 def new_token() -> str:
     return uuid.uuid4().hex[:12]
 
@@ -104,11 +109,17 @@ class Ledger:
         return self.links.is_dir()
 
     def open(self) -> None:
-        for folder in (self.links, self.root / "jobs", self.codes):
+        """Raises UserError where it would write, or clear up, elsewhere than in the store."""
+        places = (self.links, self.root / "jobs", self.codes)
+        for folder in (self.root, *places):
+            if folder.is_symlink():
+                raise UserError(f"{folder}: a link; remove it: what is handed to Slurm must lie in the store itself")
+        for folder in places:
             make_folder(folder)
         forget_dead(self.codes)
         for path, _ in self.astray():
-            if not path.is_symlink():  # of a submitter that died before it had anything to hand over
+            ours = MADE.fullmatch(path.name) and not path.is_symlink()
+            if ours:  # of a submitter that died before it had anything to hand over
                 shutil.rmtree(path, ignore_errors=True)
 
     # Who has a run
@@ -200,11 +211,11 @@ class Ledger:
     # What is in an array
     def tokens(self) -> list[str]:
         with contextlib.suppress(FileNotFoundError):
-            return os.listdir(self.root / "jobs")
+            return [name for name in os.listdir(self.root / "jobs") if TOKEN.fullmatch(name)]
         return []
 
     def folder(self, token: str) -> Path:
-        if not re.fullmatch(r"[\w-]*", token, re.ASCII):
+        if not TOKEN.fullmatch(token):
             raise UserError(f"{self.links}: {token!r} is not an array's token")
         return self.root / "jobs" / token
 
@@ -218,7 +229,11 @@ class Ledger:
             if values is None:
                 return None
             known = {key.name: values[key.name] for key in fields(Submission) if key.name in values}
-            return Submission(**known | {"runs": {int(n): i for n, i in known["runs"].items()}})
+            found = Submission(**known | {"runs": {int(n): i for n, i in known["runs"].items()}})
+            plain = all(isinstance(text, str) for text in (found.user, found.scale, *found.runs.values()))
+            plain &= isinstance(found.job, (str, NoneType)) and isinstance(found.time, (int, float))
+            plain &= found.token == token
+            return found if plain and abs(found.time) < 1e15 else None
         except (KeyError, TypeError, ValueError, AttributeError):
             return None
 

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
@@ -27,6 +27,7 @@ from ablations.cost import flop
 from ablations.planner import PlannedRun, Sweep
 from sdae.config import dump
 from sdae.errors import UserError
+from sdae.files import plain_file
 from sdae.store import RunFolder, Store
 from slurm.machine import cpus, gpus
 from slurm.reconcile import LOST
@@ -93,10 +94,10 @@ def check_pictures(sweep: Sweep) -> None:
                 listing(run.config.data)
 
 
-def failed_part(sweep: Sweep, store: Store) -> Sweep:
-    """The failed runs of a sweep and all that need them."""
+def failed_part(sweep: Sweep, store: Store, further: Collection[str] = ()) -> Sweep:
+    """The failed runs of a sweep, `further` ones of it, and all that need them."""
     store.must_be_real()
-    chosen = {identity for identity in sweep.runs if store.run(identity).state() == "failed"}
+    chosen = {i for i in sweep.runs if i in further or store.run(i).state() == "failed"}
     for run in sweep.runs.values():
         if chosen.intersection(run.needs):
             chosen = chosen | {run.id}
@@ -111,6 +112,7 @@ class _Worker:
         environment = dict(os.environ, PYTHONPATH=os.pathsep.join(p for p in sys.path if p), PYTHONUNBUFFERED="1")
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
             environment[name] = str(threads)
+        environment.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(threads, 4)))  # else as many as there are cores
         if gpu is not None:
             environment["CUDA_VISIBLE_DEVICES"] = gpu
         self.gpu = gpu
@@ -210,7 +212,7 @@ class _Executor:
         if folder.claimed():
             return "elsewhere"
         failure = None if self.retry else folder.failure()
-        if failure is not None and failure.get("class") not in LOST:
+        if failure is not None and str(failure.get("class")) not in LOST:
             self.summary.messages[identity] = f"{failure.get('class')}: {failure.get('message')}"
             return "failed"
         return "ready"
@@ -256,7 +258,9 @@ class _Executor:
                     for key, _ in self.selector.select(TICK):
                         self._hear(key.data)
                     for worker in [w for w in self.workers if w.process.poll() is not None]:
-                        self._died(worker, worker.process.returncode)
+                        self._hear(worker)  # its last words; its end too, unless a child of it has the pipe still
+                        if worker in self.workers:
+                            self._died(worker, worker.process.returncode)
                 self.summary.interrupted = bool(self.stops)
             finally:
                 self._end_workers()
@@ -393,7 +397,7 @@ def followed(run: RunFolder, position: int, sleep: Callable[[float], None], queu
     """What is added to a run's log after `position` bytes, until nobody has the run; queued: until it has ended."""
     while True:
         over = run.claimed() is None and (not queued or run.state() in ("done", "failed"))
-        with contextlib.suppress(FileNotFoundError), open(run.log, "rb") as file:
+        with contextlib.suppress(FileNotFoundError), open(run.log, "rb", opener=plain_file) as file:
             file.seek(position)
             if text := file.read():
                 position += len(text)
@@ -406,7 +410,7 @@ def followed(run: RunFolder, position: int, sleep: Callable[[float], None], queu
 def tail(path: Path, lines: int = 20) -> list[str]:
     """The last lines of a file, without reading all of it; none where it is absent."""
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=plain_file) as file:
             file.seek(0, os.SEEK_END)
             file.seek(max(0, file.tell() - 400 * lines))
             return file.read().decode(errors="replace").splitlines()[-lines:]

@@ -7,11 +7,12 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ablations.planner import PlannedRun
 from sdae.config import dump, parse
 from sdae.errors import UserError
-from sdae.store import GRACE_SECONDS, RunFolder, Store
+from sdae.store import GRACE_SECONDS, RunFolder, Store, number
 from slurm.cluster import Busy, NoSlurm, Refused, Slurm, Task
 from slurm.ledger import CANCELLED, FREE, Ledger, Reservation, Submission
 from slurm.reconcile import LOST, Seen, Standing, judge, missed, with_needs
@@ -20,7 +21,7 @@ from slurm.worker import record
 
 @dataclass
 class Survey:
-    """standings: by run. trouble: why Slurm told nothing. queued: this user's tasks, of whatever sweep."""
+    """standings: by run. trouble: why Slurm told nothing; away: it may answer later."""
 
     store: Store
     standings: dict[str, Standing] = field(default_factory=dict)
@@ -28,6 +29,10 @@ class Survey:
     submissions: dict[str, Submission] = field(default_factory=dict)
     queue: Sequence[Task] | None = ()
     trouble: str | None = None
+    away: bool = False
+
+    def having(self, *states: str) -> set[str]:
+        return {identity for identity, standing in self.standings.items() if standing.state in states}
 
     @property
     def queued(self) -> int:
@@ -78,7 +83,7 @@ def survey(
                 since = min(s.time for s in known)
                 history = slurm.history([s.name for s in known], since, jobs if len(jobs) == len(known) else ())
         except (Busy, Refused, NoSlurm) as error:
-            found.queue, found.trouble = None, str(error)
+            found.queue, found.trouble, found.away = None, str(error), isinstance(error, Busy)
         rows, past = _by_place(found.queue or ()), _by_place(history or ())
     for run in runs:
         if run.id not in held:
@@ -124,9 +129,13 @@ def _seen(store: Store, run: PlannedRun, state: str) -> Seen:
         notes = folder.notes()
         return Seen(state, notes=notes, needs_done=all(store.run(need).done for need in run.needs))
     return Seen(
-        state, failure.get("class"), failure.get("submission"), float((folder.heartbeat() or {}).get("time", 0.0)),
+        state, _text(failure.get("class")), _text(failure.get("submission")), number(folder.heartbeat() or {}, "time"),
         folder.saved_step, folder.notes(), all(store.run(need).done for need in run.needs),
     )  # fmt: skip
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
 
 
 def settle(found: Survey, runs: Iterable[PlannedRun]) -> list[str]:

@@ -16,7 +16,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from sdae.config import STAGES
 from sdae.errors import UserError
-from sdae.yamls import explain, merge, read_yaml, shown
+from sdae.files import read_plain
+from sdae.yamls import LARGEST, explain, merge, read_yaml, shown
 
 UNLIMITED = 1_000_000  # tasks of an array at a time; submitit's own default is 256
 SEXAGESIMAL = re.compile(r"[-+]?[1-9][\d_]*(:[0-5]?\d)+(\.\d*)?")  # YAML 1.1 takes 1:30:00 for the number 5400
@@ -172,10 +173,14 @@ class Profile(Resources):
 
 def load_profile(path: str | Path) -> Profile:
     """A YAML file's profile. Raises `UserError` with one line that names the file."""
-    values = read_yaml(path)
+    values = read_yaml(path, plain=".slurm" in Path(path).parts)  # a store's own; a user may name a pipe
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a mapping of keys")
-    for event in yaml.parse(Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader):
+    try:
+        content = read_plain(path, LARGEST)
+    except (OSError, ValueError):  # a pipe, which is read once; or gone since
+        content = b""
+    for event in yaml.parse(content, Loader=yaml.SafeLoader):
         if isinstance(event, yaml.ScalarEvent) and event.implicit[0] and SEXAGESIMAL.fullmatch(event.value):
             place = f"{path}: line {event.start_mark.line + 1 if event.start_mark else '?'}"
             raise UserError(f'{place}: {event.value} wants quotes, "{event.value}": YAML takes it for a number')

@@ -45,6 +45,7 @@ def progress(folder: RunFolder, run: PlannedRun) -> dict[str, Any]:
     """Where a running run is, from its heartbeat: epoch, epochs, step, steps, images_per_s, eta_s (seconds to its end),
     heard_s (seconds since it was heard of)."""
     beat = folder.heartbeat() or {}
+    beat = {key: value for key, value in beat.items() if isinstance(value, (int, float)) and abs(value) < 1e15}
     heard, rate, step, steps = (beat.get(key) for key in ("time", "images_per_s", "step", "steps"))
     left = (steps - step) * run.config.optim.batch_size if run.config.stage != "cost" and steps and step else None
     return {

@@ -18,6 +18,7 @@ from typing import Any
 
 import submitit
 from submitit.core.utils import DelayedSubmission
+from submitit.slurm.slurm import SlurmJobEnvironment
 
 from ablations.planner import PlannedRun
 from sdae.config import Config, dump
@@ -34,6 +35,7 @@ from slurm.profile import Profile, Resources
 from slurm.snapshot import snapshot
 
 PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # seconds between tries while Slurm does not answer
+SIGNAL = "USR2"  # before a time limit; SUBMITIT_PREEMPT_SIGNAL may ask submitit for another, which no run listens to
 REQUEUES = 1_000_000  # that submitit allows; whether a run gets on is seen in its checkpoints (`slurm.job`)
 TOO_MANY = re.compile(r"(Assoc|QOS)\w*Submit")  # the words after it are the same for every limit
 
@@ -126,6 +128,9 @@ def arrays(runs: Sequence[PlannedRun], spots: Mapping[str, Spot], profile: Profi
     return made
 
 
+SlurmJobEnvironment.USR_SIG = SIGNAL
+
+
 class _Executor(submitit.SlurmExecutor):  # type: ignore[misc]
     """submitit's executor as the writer of the sbatch text: a dry run needs no srun on this machine."""
 
@@ -145,6 +150,7 @@ def script(array: Array, token: str, ledger: Ledger, code: Path) -> str:
     theirs = f'{shlex.quote(str(folder))}/"${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}_submitted.pkl"'
     setup = [
         *(parameters.pop("setup", None) or []),
+        f"export SUBMITIT_PREEMPT_SIGNAL={SIGNAL}",
         f'export PYTHONPATH={shlex.quote(str(code))}"${{PYTHONPATH:+:$PYTHONPATH}}"',
         f"cd {shlex.quote(str(code))}",
         f"[ -e {theirs} ] || cp {shlex.quote(str(folder / 'job.pkl'))} {theirs}",
@@ -259,6 +265,7 @@ class _Sender:
         """The array's job id; None where others have taken all of its runs."""
         before = {run.id: reservations.get(run.id, Reservation()) for run in self.array.runs.values()}
         taken: list[tuple[str, Reservation]] = []
+        failed = [run.id for run in self.array.runs.values() if self.store.run(run.id).failure() is not None]
         try:
             for index, run in list(self.array.runs.items()):
                 if self.ledger.reserve(run.id, before[run.id], self.token):
@@ -270,15 +277,22 @@ class _Sender:
                 return None
             submission = self._write(profile)
         except UserError:
-            self.ledger.forget(self.token, taken)
+            self._take_back(taken, failed)
             raise
         try:
             submission.job = self._sbatch(submission)
         except Refused:
-            self.ledger.forget(self.token, taken)
+            self._take_back(taken, failed)
             raise
         self.ledger.write(submission)
         return submission.job
+
+    def _take_back(self, taken: list[tuple[str, Reservation]], failed: list[str]) -> None:
+        """Nothing was submitted: what runs had failed of is told on, and may be retried."""
+        for identity, _ in taken:
+            if identity in failed:
+                self.store.run(identity).recall_failure()  # before others may take the run
+        self.ledger.forget(self.token, taken)
 
     def _write(self, profile: Profile) -> Submission:
         """All that the array needs, the record of its submission last."""
@@ -331,8 +345,11 @@ class _Sender:
 
     def found(self, submission: Submission) -> str | None:
         """The array that Slurm has under this name, if any."""
-        tasks = [task for task in self.slurm.queue() if task.name == self.name]
-        tasks = tasks or self.slurm.history([self.name], submission.time) or []
+        try:
+            tasks = [task for task in self.slurm.queue() if task.name == self.name]
+            tasks = tasks or self.slurm.history([self.name], submission.time) or []
+        except Refused as error:  # not sbatch's own refusal: it may have taken the array
+            raise Busy(str(error)) from None
         return tasks[0].job if tasks else None
 
 

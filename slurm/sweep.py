@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ablations.planner import PlannedRun
 from sdae.errors import UserError
 from sdae.store import GRACE_SECONDS, Store
-from slurm.cluster import Busy, Limits, NoSlurm, Refused, Slurm
-from slurm.heal import cancel, cancellable, forgive, mend
+from slurm.cluster import Busy, Limits, NoSlurm, Refused, Slurm, Unanswered
+from slurm.heal import abandoned, cancel, cancellable, forgive, mend
 from slurm.ledger import Ledger
 from slurm.local import EXECUTE
 from slurm.look import Survey, last_submission, settle, survey
@@ -60,13 +60,13 @@ def hand_over(
     slurm: Slurm | None = None,
     target: str = EXECUTE,
 ) -> Outcome:
-    """Submits what nobody has; with `failed`, what has failed too. UserError where Slurm is absent or refuses."""
+    """Submits what nobody has; with `failed`, what has failed too. Raises UserError where Slurm is absent or refuses,
+    Unanswered where it does not answer."""
     store.must_be_real()
     slurm = slurm or Slurm()
     try:
         found = look(runs, store, grace=grace, slurm=slurm)
-        if found.trouble:
-            raise UserError(f"{found.trouble}: nothing was submitted")
+        _must_be_known(found, "nothing was submitted")
         outcome = Outcome(found, mended=mend(found, slurm))
         if outcome.mended:
             found = outcome.survey = look(runs, store, grace=grace, slurm=slurm)
@@ -75,23 +75,34 @@ def hand_over(
             forgive(wanted, found)
         outcome.report = submit(wanted, store, slurm, profile, found, scale=scale, target=target)
     except Busy as error:
-        raise UserError(f"{error}: nothing was submitted") from None
+        raise Unanswered(f"{error}: nothing was submitted") from None
     return outcome
 
 
 def take_back(runs: Sequence[PlannedRun], store: Store, slurm: Slurm | None = None) -> tuple[Survey, list[str]]:
-    """The runs of these that `cancel` would end."""
+    """The runs of these that `cancel` would end. Raises as `hand_over`."""
     found = look(runs, store, slurm=slurm)
+    _must_be_known(found, "nothing was cancelled")
+    try:
+        left = abandoned(found, lambda: slurm or Slurm())
+    except Busy as error:
+        raise Unanswered(f"{error}: nothing was cancelled") from None
+    for identity, task in left.items():
+        found.standings[identity] = replace(found.standings[identity], task=task)
+    found.queue = [*(found.queue or ()), *left.values()]
+    return found, [*cancellable(found), *left]
+
+
+def _must_be_known(found: Survey, so: str) -> None:
     if found.trouble:
-        raise UserError(f"{found.trouble}: nothing was cancelled")
-    return found, cancellable(found)
+        raise (Unanswered if found.away else UserError)(f"{found.trouble}: {so}")
 
 
 def end(identities: Sequence[str], found: Survey, slurm: Slurm | None = None) -> list[str]:
     try:
         return cancel(identities, found, slurm or Slurm())
     except Busy as error:
-        raise UserError(f"{error}: the runs are taken back, their tasks end when they start; cancel again") from None
+        raise Unanswered(f"{error}: the runs are taken back, their tasks go on; cancel again") from None
 
 
 def profile_of(store: Store, path: Path | None) -> Profile:

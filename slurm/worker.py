@@ -20,6 +20,7 @@ from typing import IO, Any
 
 from sdae.config import parse
 from sdae.errors import Interrupted, RunFailed, UserError
+from sdae.files import no_link
 from sdae.store import RunFolder, Store
 
 REFUSALS = {"AlreadyRunning": "elsewhere", "NeedNotDone": "waiting"}
@@ -56,6 +57,10 @@ def run(
     progress: Callable[[dict[str, Any]], None] | None,
 ) -> dict[str, Any]:  # fmt: skip
     """One run; how it ended: done | failed | refused | elsewhere | waiting | interrupted, with a line that says why."""
+    try:
+        folder.refuse_links()
+    except UserError as error:  # nor may this be told in its log
+        return {"outcome": "refused", "message": str(error)}
     before = folder.failure()
     with logged(folder):
         try:
@@ -87,7 +92,8 @@ def record(folder: RunFolder, values: dict[str, Any], kind: str, message: str, s
 def logged(folder: RunFolder) -> Iterator[None]:
     """File descriptors 1 and 2 are the run's log, also for what C code prints."""
     folder.path.mkdir(parents=True, exist_ok=True)
-    log = os.open(folder.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    log = no_link(str(folder.log), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.set_blocking(log, True)
     saved = [os.dup(1), os.dup(2)]
     try:
         os.dup2(log, 1)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from calling import ROOT, assert_refused, call
+from calling import ROOT, assert_refused, call, spawn
 
 from ablations.planner import plan
 from sdae.errors import UserError
 from sdae.store import Store
 from slurm import cluster, doctor, snapshot
-from slurm.cluster import Busy, Limits, NoSlurm, Refused, Slurm
+from slurm.cluster import Busy, Limits, NoSlurm, Refused, Slurm, Unanswered
 from slurm.ledger import Ledger
 from slurm.look import find, log_of, queued
 from slurm.machine import cpus
@@ -130,6 +131,9 @@ def test_tasks_are_ended_and_released(programs: Programs, monkeypatch: pytest.Mo
         ("MaxArraySize = 500\nMaxJobCount = 1000\nClusterName = c\n", 0, "200\n\n300\n", Limits(500, 200)),
         ("MaxArraySize = 0\nMaxJobCount = 1000\n", 0, "", Limits(1, 1000)),
         ("nothing\n", 1, "", Limits(1001, None)),
+        ("MaxArraySize = 500\nMaxJobCount = 1000\n", 0, "0\n300\n", Limits(500, 300)),  # an account that is closed
+        ("MaxArraySize = 500\nMaxJobCount = 1000\n", 0, "0\n\n", Limits(500, 1000)),
+        ("MaxArraySize = 500\nMaxJobCount = 1000\n", 0, "0\n0\n", Limits(500, 0)),
     ],
 )
 def test_limits(config: str, code: int, account: str, limits: Limits, programs: Programs) -> None:
@@ -139,11 +143,11 @@ def test_limits(config: str, code: int, account: str, limits: Limits, programs: 
 
 
 def test_a_job_around_us_is_not_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("SLURM_JOB_ID", "SBATCH_PARTITION", "SLURM_CONF"):
+    for name in ("SLURM_JOB_ID", "SBATCH_PARTITION", "SLURM_CONF", "SQUEUE_STATES", "SCANCEL_INTERACTIVE"):
         monkeypatch.setenv(name, "x")
     found = cluster.environment("squeue")
     assert (found["SLURM_CONF"], found["SLURM_TIME_FORMAT"]) == ("x", "%s")
-    assert not {"SLURM_JOB_ID", "SBATCH_PARTITION"} & found.keys()
+    assert not {"SLURM_JOB_ID", "SBATCH_PARTITION", "SQUEUE_STATES", "SCANCEL_INTERACTIVE"} & found.keys()
     monkeypatch.setattr(cluster.pwd, "getpwuid", lambda uid: {}[uid])
     assert cluster.me() == str(os.getuid())
 
@@ -207,15 +211,139 @@ def test_a_silent_slurm_is_told_and_nothing_is_done(programs: Programs, store: S
     hand_over(runs(), store, load_profile(PROFILE), "smoke")
     programs.answer("squeue", "", 1, "Unable to contact slurm controller (connect failure)")
     for action in (lambda: take_back(runs(), store), lambda: hand_over(runs(), store, load_profile(PROFILE), "smoke")):
-        with pytest.raises(UserError, match=r"Unable to contact slurm controller .*: nothing was"):
+        with pytest.raises(Unanswered, match=r"Unable to contact slurm controller .*: nothing was"):
             action()
+    told = call("sweep", "cancel", "--yes", "--store", store.root)
+    assert (told.code, told.err.count("\n")) == (1, 1), told
+    programs.answer("squeue", "", 1, "Invalid user: nobody")
+    with pytest.raises(UserError, match="Invalid user: nobody: nothing was cancelled"):
+        take_back(runs(), store)
     programs.answer("squeue", queue_of(store))
     programs.answer("scancel", "", 1, "Unable to contact slurm controller (connect failure)")
     found, identities = take_back(runs(), store)
-    with pytest.raises(UserError, match=r"the runs are taken back, .*; cancel again"):
+    with pytest.raises(Unanswered, match=r"the runs are taken back, .*; cancel again"):
         end(identities, found)
+    programs.answer("scancel", "")
+    found, left = take_back(runs(), store)  # it has the tasks still
+    before = len(programs.calls)
+    assert sorted(left) == sorted(identities)
+    assert sorted(end(left, found)) == sorted(identities)
+    assert any(line.startswith("scancel --quiet 12_") for line in programs.calls[before:])
+    programs.answer("squeue", "")
+    assert take_back(runs(), store)[1] == []
     with pytest.raises(UserError, match="--profile: missing"):
         profile_of(Store(store.root / "other"), None)
+
+
+def test_what_a_retry_that_is_refused_had_failed_of_is_told_on(programs: Programs, store: Store) -> None:
+    run, profile = runs()[0], load_profile(PROFILE)
+    folder = store.run(run.id)
+    folder.create(run.config)
+    folder.fail("ValueError", "the real reason")
+    programs.answer("sbatch", "", 1, "sbatch: error: invalid partition specified")
+    with pytest.raises(UserError, match="invalid partition"):
+        hand_over(runs(), store, profile, "smoke", failed=True)
+    assert (folder.failure() or {})["message"] == "the real reason"
+    programs.answer("sbatch", "12\n")
+    assert run.id in hand_over(runs(), store, profile, "smoke", failed=True).report.submitted
+    assert folder.failure() is None
+
+
+def test_commands_take_only_what_is_named(programs: Programs, store: Store) -> None:
+    """Seeds of cancel and heal count; heal submits nothing that was never handed over, nor believes a copy."""
+    programs.answer("sbatch", "12\n")
+    hand_over(runs(), store, load_profile(PROFILE), "smoke")
+    programs.answer("squeue", queue_of(store))
+    where = ("--store", store.root)
+    assert call("sweep", "cancel", "--seeds", "1", "--yes", *where).out == "0 runs ended\n"
+    assert_refused(call("sweep", "cancel", "table5", "--seeds", "", "--yes", *where), "--seeds '': ")
+    assert_refused(call("sweep", "submit", "table5", "--seeds", "", "--dry-run", *where), "--seeds '': ")
+    assert_refused(call("sweep", "cancel", "--data", "x", "--yes", *where), "--data: wants artifacts or a --scale")
+    healed = call("sweep", "heal", "figure4c", *where, "--json")
+    assert (healed.code, json.loads(healed.out)["submitted"]) == (0, [])
+    programs.answer("squeue", queue_of(store) + "sdae-train.sh|77|0|PENDING|DependencyNeverSatisfied||ann|1|N/A\n")
+    (Ledger(store).root / "jobs" / ".DS_Store").touch()
+    assert call("sweep", "heal", *where).code == 0
+    for link in list(Ledger(store).links.iterdir()):
+        link.unlink()
+    copied = call("sweep", "heal", *where)
+    assert (copied.code, copied.out) == (0, "")
+    assert "nothing to put right" in copied.err
+
+
+def test_options_that_mean_nothing_are_refused(programs: Programs, store: Store) -> None:
+    where = ("--store", store.root)
+    for command in ("submit", "retry"):
+        called = call("sweep", command, "table5", *where, "--on", "slurm", "--profile", PROFILE, "--jobs", 2)
+        assert_refused(called, "--jobs 2: only on this machine", "array_parallelism")
+        assert_refused(call("sweep", command, "table5", *where, "--profile", PROFILE), "only with --on slurm")
+    assert_refused(call("sweep", "status", "--watch", "--json", *where), "--watch: not with --json")
+    assert not programs.calls
+
+
+def test_what_would_be_tried_again_as_json(store: Store) -> None:
+    (run, *_) = runs()
+    store.run(run.id).create(run.config)
+    store.run(run.id).fail("ValueError", "no")
+    called = call("sweep", "retry", "table5", "--store", store.root, "--dry-run", "--json")
+    assert called.code == 0, called
+    assert run.id in {row["id"] for row in json.loads(called.out)["runs"]}
+    assert store.run(run.id).failure()
+
+
+def test_the_warning_is_the_signal_that_runs_hear(store: Store) -> None:
+    """SUBMITIT_PREEMPT_SIGNAL would have submitit ask Slurm for another."""
+    text = spawn(
+        "sweep", "submit", "table5", "--store", store.root, "--on", "slurm", "--profile", PROFILE, "--dry-run",
+        SUBMITIT_PREEMPT_SIGNAL="USR1",
+    ).out  # fmt: skip
+    assert "#SBATCH --signal=USR2@" in text
+    assert "export SUBMITIT_PREEMPT_SIGNAL=USR2" in text
+    assert "USR1" not in text
+
+
+def test_without_seeds_all_that_were_handed_over_are_meant(programs: Programs, store: Store) -> None:
+    programs.answer("sbatch", "12\n")
+    hand_over(list(plan(["table5"], "smoke", (1, 2)).runs.values()), store, load_profile(PROFILE), "smoke")
+    programs.answer("squeue", queue_of(store))
+    told = json.loads(call("sweep", "status", "table5", "--store", store.root, "--json").out)
+    assert {store.run(row["id"]).id for row in told["runs"]} == set(plan(["table5"], "smoke", (1, 2)).runs)
+    ended = json.loads(call("sweep", "cancel", "table5", "--yes", "--store", store.root, "--json").out)
+    assert len(ended["cancelled"]) == len(told["runs"])
+
+
+def test_a_retry_s_dry_run_writes_nothing(programs: Programs, store: Store) -> None:
+    programs.answer("sbatch", "12\n")
+    hand_over(runs(), store, load_profile(PROFILE), "smoke")
+    programs.answer("squeue", "")
+    programs.answer("sacct", "".join(f"sdae-x|12_{n}|FAILED|1:0||1|1|1|ann\n" for n in range(20)))
+    files = {path: path.read_bytes() for path in store.root.rglob("*") if path.is_file()}
+    words = ("--store", store.root, "--on", "slurm", "--profile", PROFILE, "--dry-run")
+    assert call("sweep", "retry", "table5", *words).code == 0
+    assert {path: path.read_bytes() for path in store.root.rglob("*") if path.is_file()} == files
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"token": 7},
+        {"token": "../x"},
+        {"time": "yesterday"},
+        {"user": None},
+        {"job": 7},
+        {"runs": {"0": [1]}},
+        {"scale": 1},
+    ],
+)
+def test_records_of_arrays_of_other_types_are_none(change: dict[str, Any], programs: Programs, store: Store) -> None:
+    programs.answer("sbatch", "12\n")
+    hand_over(runs(), store, load_profile(PROFILE), "smoke")
+    for record in Ledger(store).root.glob("jobs/*/submission.json"):
+        record.write_text(json.dumps(json.loads(record.read_text()) | change))
+    for words in (["status"], ["heal"]):
+        called = call("sweep", *words, "--store", store.root)
+        assert called.code in (0, 2), called
+        assert "Traceback" not in called.err
 
 
 # The copy of the code

@@ -260,6 +260,6 @@ def test_a_controller_that_hangs_is_a_row(here: Cluster, tmp_path: Path) -> None
         found = examine_cluster(load(tmp_path, "time: 1h"), tmp_path, timeout=2)
     finally:
         os.kill(pid, signal.SIGCONT)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 60
     assert [(row["check"], row["ok"]) for row in found] == [("slurm", True), ("controller", False)]
     assert "no answer in 2 s" in found[-1]["detail"]

@@ -63,7 +63,7 @@ def test_pretend_gpus_are_given_out_and_waited_for(calm: Cluster, tmp_path: Path
     script = f'echo "$CUDA_VISIBLE_DEVICES"; until [ -e {tmp_path}/go ]; do sleep 0.1; done'
     pair = [submit(calm, tmp_path / name, script, "--gpus-per-node=1", *words) for name in "ab"]
     both = submit(calm, tmp_path / "both", script, "--gpus-per-node=2", *words)
-    calm.until(lambda: [calm.state(job) for job in pair] == ["RUNNING"] * 2, 20, calm.queue)
+    calm.until(lambda: [calm.state(job) for job in pair] == ["RUNNING"] * 2, 60, calm.queue)
     assert calm.state(both) == "PENDING"
     (tmp_path / "go").touch()
     calm.wait(both)
@@ -103,7 +103,8 @@ def test_the_jobs_of_a_dead_node_run_elsewhere(calm: Cluster, tmp_path: Path, re
     assert len(lines(out)) == 2
     assert lines(out)[1] != lines(out)[0]
     calm.revive()
-    assert calm.run("sinfo", "-h", "-N", "-p", "main", "-o", "%T").split() == ["idle"] * 4
+    states = lambda: calm.run("sinfo", "-h", "-N", "-p", "main", "-o", "%T").split()  # noqa: E731
+    calm.until(lambda: states() == ["idle"] * 4, 60, calm.queue)
 
 
 @pytest.mark.slow
