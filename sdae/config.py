@@ -107,6 +107,7 @@ class _Masked(Run):
 
 
 def count_masked(tokens: int, mask_ratio: float) -> int:
+    """M = L - int(L (1 - mask_ratio)) of L patches."""
     return tokens - int(tokens * (1 - mask_ratio))
 
 

@@ -6,7 +6,9 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """Bad input: one line that names what is wrong, where, and what is allowed. The command line exits with 2."""
+    """Bad input: one line that names what is wrong, where, and what is allowed. The command line exits with `code`."""
+
+    code = 2
 
 
 class RunFailed(Exception):
@@ -18,7 +20,8 @@ class BrokenInput(RunFailed):
 
 
 class Interrupted(Exception):
-    """A run that was told to stop, has saved its state and wants to be resumed. Exit code `RESUME_ME`.
+    """A run that was told to stop, has saved its state (a cost run has none) and wants to be resumed. Exit code
+    `RESUME_ME`.
 
     signals: the numbers of those that told it.
     """

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import socket
+import stat
 import time
 import uuid
 import zlib
@@ -21,13 +22,19 @@ from sdae.errors import UserError
 
 OWNER = re.compile(r"\.(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-(?P<start>\w+)\.[0-9a-f]{8}\.tmp$")  # of a temporary file
 HALF = re.compile(r"\\u[dD][89a-fA-F]")  # of a surrogate pair, as JSON escapes it
+OURS = re.compile(r"\..+\.[0-9a-f]{8}([0-9a-f]{24})?\.tmp")  # so do all of them end, those of earlier versions too
 ABANDONED_SECONDS = 86400.0  # no file is being written for longer than that
+NOT_PLAIN = "Not a plain file, but a pipe or a device"
+LARGEST = 32_000_000  # bytes of a record; the largest that the suite writes, of an array of 10,000 runs, has half
+MOST_NESTED = 200_000  # lists and mappings, or one in 16 bytes: each takes a hundred, of three in the file
+DEEPEST = 100  # mappings and lists in one another
 
 
 @contextlib.contextmanager
 def written(path: Path) -> Iterator[IO[bytes]]:
-    """A file that takes the place of `path` when it is whole, also after a power cut. Errors name `path` and leave
-    nothing behind; what a process left that was killed in here goes when the next one writes the same file."""
+    """A file that takes the place of `path` when it is whole, also after a power cut. A disk that fails is a UserError
+    that names `path`, and nothing is left behind; what a process left that was killed in here goes when the next one
+    writes the same file."""
     temporary = temporary_of(path)
     try:
         with open(temporary, "wb") as file:
@@ -46,7 +53,7 @@ def written(path: Path) -> Iterator[IO[bytes]]:
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
-    """The whole file or none of it: `written`."""
+    """The whole file or none of it: `written`. Raises UserError."""
     with written(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
@@ -59,10 +66,10 @@ def temporary_of(path: Path) -> Path:
 
 def forget_dead(folder: Path, name: str = "") -> None:
     """Removes the temporary files and folders, of `name` or of all, that dead processes of this machine have left; and
-    what is a day old, whoever made it."""
+    those of other machines, or of earlier versions, that are a day old. Files that are not the suite's stay."""
     with contextlib.suppress(OSError):
         for entry in os.listdir(folder):
-            if entry.startswith(f".{name}") and entry.endswith(".tmp"):
+            if entry.startswith(f".{name}") and OURS.fullmatch(entry):
                 path = folder / entry
                 with contextlib.suppress(OSError):
                     if abandoned(path):
@@ -118,23 +125,63 @@ def flush(path: Path) -> None:
 
 
 def to_json(value: Any) -> str:
+    """The text of a JSON file. ValueError for NaN and infinite numbers, which JSON does not have."""
     return json.dumps(value, indent=1, sort_keys=False, allow_nan=False, default=str) + "\n"
 
 
 def parse_json(content: bytes) -> Any:
     """What a JSON file holds. Half a surrogate pair, which no other file and no terminal can take, becomes a question
-    mark. ValueError, RecursionError."""
+    mark. ValueError, also where it would take many times its bytes, or is nested too deeply for those who print it;
+    RecursionError."""
     text = content.decode(json.detect_encoding(content))
+    if (nested := text.count("[") + text.count("{")) > (most := max(MOST_NESTED, len(text) // 16)):
+        raise ValueError(f"{nested:,} lists and mappings (allowed: {most:,})")
     found = json.loads(text)
+    if nested > DEEPEST:
+        level = [found]
+        for _ in range(DEEPEST):
+            level = [
+                v
+                for each in level
+                for v in (each.values() if isinstance(each, dict) else each)
+                if isinstance(v, (dict, list))
+            ]
+            if not level:
+                break
+        else:
+            raise ValueError(f"more than {DEEPEST} lists and mappings in one another")
     if HALF.search(text):
         found = json.loads(json.dumps(found, ensure_ascii=False).encode(errors="replace"))
     return found
 
 
+def encodable(name: str | Path) -> str:
+    """A file's name as every file and terminal can take it: what is not UTF-8 is escaped."""
+    return os.fsencode(name).decode(errors="backslashreplace")
+
+
+def plain_file(path: str, flags: int) -> int:
+    """An `opener` for reading. A pipe or a device, which may give nothing or never end, is an `IsADirectoryError`."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR) if stat.S_ISDIR(mode) else NOT_PLAIN, path)
+    return descriptor
+
+
+def read_plain(path: str | Path, most: int = LARGEST) -> bytes:
+    """The bytes of a plain file. OSError, and ValueError where it has more than `most`."""
+    with open(path, "rb", buffering=0, opener=plain_file) as file:
+        if (size := os.fstat(file.fileno()).st_size) > most:
+            raise ValueError(f"{size:,} bytes (allowed: {most:,})")
+        return file.readall()
+
+
 def read_json(path: Path) -> Any:
-    """The content, or None where the file is absent or torn (a copy cut off by something other than us)."""
+    """The content, or None where the file is absent, torn (a copy cut off by something other than us) or no file."""
     try:
-        return parse_json(path.read_bytes())
+        return parse_json(read_plain(path))
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, RecursionError):
         return None
 
@@ -147,20 +194,22 @@ def read_record(path: Path) -> dict[str, Any] | None:
 
 def checksum(path: Path) -> str:
     """The sha256 of a file. OSError."""
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=plain_file) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def no_link(path: str, flags: int) -> int:
-    """Opens a log, but not through a link that would lead out of the store."""
-    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+    """An `opener` for logs: not through a link that would lead out of the store, and no pipe that nobody reads."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
 
 
 def process_start(pid: int) -> str | None:
     """When a process of this machine began (so that a reused pid is not taken for the old process), or None."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return None if fields[0] in ("Z", "X") else fields[19]
+        # Killed, its first thread is a zombie while others are still ending, with its files and locks
+        ended = fields[0] == "X" or (fields[0] == "Z" and len(os.listdir(f"/proc/{pid}/task")) < 2)
+        return None if ended else fields[19]
     except (OSError, IndexError):
         if os.path.isdir("/proc/self"):
             return None

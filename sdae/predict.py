@@ -91,6 +91,7 @@ class _Predictor:
 
 
 def load_classifier(folder: RunFolder) -> tuple[Finetune | Linprobe, Classifier, list[str]]:
+    """Config, network (in evaluation mode) and class names of a finished classification run. Raises UserError."""
     config = folder.config()
     if not isinstance(config, Finetune | Linprobe):
         raise UserError(f"{folder.path / 'config.yaml'}: not that of a finetune or linprobe")

@@ -175,6 +175,7 @@ def _write(node: Any, out: list[str], imports: list[ast.Import | ast.ImportFrom]
 
 @lru_cache(maxsize=1)
 def environment() -> dict[str, Any]:
+    """Versions, platform, CPU, cores and GPUs of this machine."""
     import torch
 
     packages: dict[str, str | None] = {}

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from sdae.data.fingerprint import cache_folder
 from sdae.errors import UserError
-from sdae.files import checksum, parse_json
+from sdae.files import checksum, parse_json, plain_file
 
 SUFFIX = ".safetensors"
 NOT_PUBLISHED = "not published"
@@ -116,7 +116,7 @@ def _digest(path: str, _mtime: int, _size: int) -> str:
 
 def header_size(path: Path) -> None:
     """Raises UserError where the head of a safetensors file is so long that reading it takes seconds and memory."""
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=plain_file) as file:
         size = int.from_bytes(file.read(8), "little")
     if size > HEADER_LIMIT:
         raise UserError(f"{path}: not a whole safetensors file: a head of {size:,} bytes (allowed: {HEADER_LIMIT:,})")
@@ -125,7 +125,7 @@ def header_size(path: Path) -> None:
 def header(path: Path) -> dict[str, Any]:
     """Names, dtypes and shapes of a safetensors file, and its metadata as plain values under `__metadata__`."""
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=plain_file) as file:
             size = int.from_bytes(file.read(8), "little")
             if not 2 <= size <= HEADER_LIMIT:
                 raise ValueError

@@ -18,7 +18,7 @@ from sdae import provenance
 from sdae.config import Config, CostRun, dump, run_id
 from sdae.data.fingerprint import listing, resolve
 from sdae.errors import BrokenInput, Interrupted, RunFailed, UserError
-from sdae.files import why
+from sdae.files import no_link, why
 from sdae.stages.session import Session
 from sdae.store import RunFolder, Store
 from sdae.training import distributed
@@ -42,12 +42,15 @@ def execute(
     """Runs one stage to its end and returns its result; a finished run's result is returned at once.
 
     Raises UserError for bad input (nothing is recorded), NeedNotDone, AlreadyRunning, RunFailed (`failure.json` says
-    why) and Interrupted (the state is saved; execute again to go on).
+    why) and Interrupted (the state is saved, but of a cost run; execute again to go on).
     """
     store.must_be_real()
     config = with_content(config)
     folder = store.run(run_id(config))
     if (result := folder.result()) is not None:
+        if result.get("id") != folder.id or not isinstance(result.get("metrics"), dict):
+            cure = "`sdae-cli results check --repair` sets aside what is torn"
+            raise UserError(f"{folder.path / 'result.json'}: not the result of this run: {cure}")
         _tidy(folder)
         return result
     if (need := getattr(getattr(config, "init", None), "run", None)) and not store.run(need).done:
@@ -76,8 +79,8 @@ def execute(
         try:
             return _execute(config, store, folder, world, progress)
         except UserError:
-            if world.first and fresh and not any(folder.checkpoints.iterdir()):
-                with contextlib.suppress(OSError):  # a disk that is only read now keeps it
+            with contextlib.suppress(OSError):  # a disk that is only read now keeps it; another may have removed it
+                if world.first and fresh and not folder.dispossessed and not any(folder.checkpoints.iterdir()):
                     store.remove(folder.id)  # refused before anything was computed: nothing is left behind
             raise
 
@@ -86,6 +89,8 @@ def _tidy(folder: RunFolder) -> None:
     """Removes what a process could not that was killed, or met a broken disk, when its result was written."""
     from sdae.training.checkpoints import forget_states
 
+    if folder.path.is_symlink() or folder.checkpoints.is_symlink():
+        return  # what it leads to is another's
     names = ("claim.json", "failure.json")
     if any(folder.checkpoints.glob("state-*")) or any((folder.path / name).exists() for name in names):
         with contextlib.suppress(UserError, OSError), folder.claim() as mine:  # not in a store that is only read
@@ -133,6 +138,8 @@ def _execute(
             raise UserError(f"{error.filename or folder.path}: cannot be written: {why(error)}") from error
         kind = "OutOfMemory" if isinstance(error, (torch.OutOfMemoryError, MemoryError)) else type(error).__name__
         message = str(error).strip() or kind
+        if folder.dispossessed:
+            raise Interrupted(f"{folder.id}: another process has taken the run over") from error
         if folder.failure() is None:  # else another rank has told why, and this one only lost its connection
             folder.fail(kind, message, traceback.format_exc())
             say(folder, f"failed: {kind}: {message}")
@@ -175,6 +182,7 @@ def _result(
 
 
 def describe_data(config: Config) -> dict[str, Any]:
+    """`dataset` of result.json: name, fingerprint, pictures by split, number of classes."""
     if config.stage == "cost":
         return {"name": "random", "fingerprint": None}
     found = listing(config.data)
@@ -196,10 +204,11 @@ def pulse_of(
 
 
 def attention(choice: str) -> contextlib.AbstractContextManager[Any]:
+    """The kernels that `efficiency.attention` allows; a context manager."""
     return contextlib.nullcontext() if choice == "auto" else sdpa_kernel(BACKENDS[choice])
 
 
 def say(folder: RunFolder, text: str) -> None:
     """A line in the run's log."""
-    with contextlib.suppress(OSError), open(folder.log, "a", encoding="utf-8") as file:
+    with contextlib.suppress(OSError), open(folder.log, "a", encoding="utf-8", opener=no_link) as file:
         file.write(f"{datetime.now(UTC).isoformat(timespec='seconds')} {text}\n")

@@ -405,6 +405,7 @@ class Probe(Strict):
 
 
 def refuse_mixing(augment: Augment, stage: str) -> None:
+    """Raises ValueError for settings of classification that dense prediction cannot use."""
     for key in ("mixup", "cutmix", "label_smoothing"):
         if getattr(augment, key):
             raise ValueError(f"data.augment.{key}: {getattr(augment, key):g} has no meaning in {stage} (allowed: 0)")

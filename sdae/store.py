@@ -1,7 +1,8 @@
-"""Run folders: the only code that writes or reads them.
+"""Run folders: where their files lie, and how they are written and read.
 
-Invariant: a reader never sees half a file. Every file but the two append-only logs is written to a temporary name in
-the same folder, flushed to the disk and renamed. `result.json` is written last: its presence means that a run is done.
+Invariant: a reader never sees half a file. Every file but those that are appended to (`metrics.jsonl`, `log.txt`,
+`attempts.jsonl`, TensorBoard's events) is written to a temporary name in the same folder, flushed to the disk and
+renamed. `result.json` is written last: its presence means that a run is done.
 A run is claimed by one process at a time through `claim.json`; a claim of a dead process is taken over, so a killed job
 holds nothing.
 """
@@ -14,6 +15,7 @@ import os
 import re
 import shutil
 import socket
+import stat
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -25,13 +27,16 @@ import yaml
 from sdae.config import Config, dump, parse, run_id
 from sdae.errors import UserError
 from sdae.files import (
+    LARGEST,
     flush,
     forget_dead,
     make_folder,
     no_link,
     parse_json,
+    plain_file,
     process_start,
     read_json,
+    read_plain,
     read_record,
     temporary_of,
     to_json,
@@ -51,7 +56,10 @@ The results in this folder were made up by `sdae-cli reproduce --synthetic`: val
 and gaps, to look at tables, figures and pages before anything is run. No model was trained. Real runs refuse this
 folder, and results that were measured are not read here. Delete the whole folder when it has served.
 """
+LONGEST = 1_000_000  # bytes of a line of a log
+STATE = re.compile(r"state-(\d{8,12})\.sha256\.json", re.ASCII)  # says that a state is whole
 GRACE_SECONDS = 300.0  # a heartbeat older than this, from another machine, is that of a lost run
+AHEAD_SECONDS = 86400.0  # one that comes from a clock further ahead holds nothing, else it would for as long
 
 
 class RunFolder:
@@ -67,10 +75,12 @@ class RunFolder:
 
     # What it holds
     def config(self) -> Config | None:
+        """config.yaml, or None where there is none. Raises UserError for one that is broken."""
         file = self.path / "config.yaml"
-        return parse(read_yaml(file), str(file)) if file.exists() else None
+        return parse(read_yaml(file, plain=True), str(file)) if file.exists() else None
 
     def result(self) -> dict[str, Any] | None:
+        """result.json, or None where there is none that is whole."""
         return read_record(self.path / "result.json")
 
     def outcome(self) -> dict[str, Any]:
@@ -86,12 +96,15 @@ class RunFolder:
         return result
 
     def failure(self) -> dict[str, Any] | None:
+        """failure.json: class, message, traceback, attempt, time, submission."""
         return read_record(self.path / "failure.json")
 
     def heartbeat(self) -> dict[str, Any] | None:
+        """heartbeat.json: time, and how far the run is."""
         return read_record(self.path / "heartbeat.json")
 
     def provenance(self) -> dict[str, Any] | None:
+        """provenance.json: code, command, machine."""
         return read_record(self.path / "provenance.json")
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -106,12 +119,12 @@ class RunFolder:
     def saved_step(self) -> int:
         """The step from which the run would go on."""
         with contextlib.suppress(OSError):
-            names = [name for name in os.listdir(self.checkpoints) if name.startswith("state-")]
-            return max((int(name[6:14]) for name in names if name.endswith(".sha256.json")), default=0)
+            return max((int(m[1]) for name in os.listdir(self.checkpoints) if (m := STATE.fullmatch(name))), default=0)
         return 0
 
     @property
     def done(self) -> bool:
+        """Whether there is a result."""
         return (self.path / "result.json").exists()
 
     def state(self) -> str:
@@ -125,13 +138,27 @@ class RunFolder:
         return "started" if (self.path / "config.yaml").exists() else "new"
 
     # Writing
+    def refuse_links(self) -> None:
+        """Raises UserError where something would be written elsewhere than in this folder, or into a pipe."""
+        try:
+            names = os.listdir(self.path)
+        except (FileNotFoundError, NotADirectoryError):  # as a link to nowhere is
+            names = []
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be looked into: {error.strerror}") from error
+        for path in (self.path, *(self.path / name for name in names)):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # renamed meanwhile
+                mode = path.lstat().st_mode
+                if stat.S_ISLNK(mode):
+                    raise UserError(f"{path}: a link; what a run writes must lie in the store itself")
+                if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                    raise UserError(f"{path}: a pipe or a device; what a run writes must be a file")
+
     def create(self, config: Config) -> None:
         """Makes the folder and writes `config.yaml` once. An existing folder must be of the same run."""
         if run_id(config) != self.id:
             raise UserError(f"{self.path}: this config is {run_id(config)}, not {self.id}")
-        for path in (self.path, *(self.path.iterdir() if self.path.is_dir() else ())):
-            if path.is_symlink():
-                raise UserError(f"{path}: a link; what a run writes must lie in the store itself")
+        self.refuse_links()
         if (there := self.config()) is not None and run_id(there) != self.id:
             raise UserError(f"{self.path / 'config.yaml'}: is the config of {run_id(there)}: remove {self.path}")
         make_folder(self.checkpoints)
@@ -140,6 +167,7 @@ class RunFolder:
             write_atomically(self.path / "config.yaml", yaml.safe_dump(dump(config), sort_keys=False))
 
     def write(self, name: str, value: Any) -> None:
+        """A JSON file of the run. Raises UserError."""
         write_atomically(self.path / name, to_json(value))
 
     def finish(self, result: dict[str, Any]) -> None:
@@ -155,8 +183,8 @@ class RunFolder:
 
     def fail(self, kind: str, message: str, traceback: str = "", submission: str | None = None) -> None:
         """submission: the job array that the run failed in; by default that of this process, if any."""
-        before = self.failure() or read_json(self.path / "failure.previous.json") or {}
-        attempt = int(before.get("attempt", 0)) + 1
+        before = self.failure() or read_record(self.path / "failure.previous.json") or {}
+        attempt = int(number(before, "attempt")) + 1
         self.write(
             "failure.json",
             {
@@ -170,12 +198,19 @@ class RunFolder:
         )
 
     def forget_failure(self) -> None:
+        """Puts failure.json aside, so that the run counts as not failed. Raises UserError."""
         try:
             (self.path / "failure.json").rename(self.path / "failure.previous.json")
         except FileNotFoundError:
             pass
         except OSError as error:
             raise UserError(f"{self.path / 'failure.json'}: cannot be renamed: {error.strerror or error}") from error
+
+    def recall_failure(self) -> None:
+        """Unsays `forget_failure`: the run was not begun anew."""
+        with contextlib.suppress(OSError):
+            if not (self.path / "failure.json").exists():
+                (self.path / "failure.previous.json").rename(self.path / "failure.json")
 
     def note(self, event: str, **facts: Any) -> None:
         """Adds to `notes`. One write of one line: appends of several processes do not mix."""
@@ -184,6 +219,7 @@ class RunFolder:
             file.write(json.dumps({"event": event, "time": time.time(), **facts}).encode() + b"\n")
 
     def append_metrics(self, row: dict[str, Any]) -> None:
+        """Adds a row to metrics.jsonl. Raises UserError."""
         text = json.dumps(row, allow_nan=False) + "\n"
         try:
             with open(self.metrics_file, "a", encoding="utf-8", opener=no_link) as file:
@@ -202,8 +238,12 @@ class RunFolder:
     def truncate_metrics(self, step: int) -> None:
         """Forgets rows after `step`, so that a resumed run writes each row once."""
         if self.metrics_file.exists():
-            rows = [row for row in self.metrics() if row.get("step", 0) <= step]
-            write_atomically(self.metrics_file, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+            lines = []
+            for row in _lines(self.metrics_file, None):  # what is not read here is lost
+                with contextlib.suppress(ValueError):  # not finite, so not ours
+                    if number(row, "step") <= step:
+                        lines.append(json.dumps(row, allow_nan=False) + "\n")
+            write_atomically(self.metrics_file, "".join(lines))
 
     # One process at a time
     def claimed(self) -> dict[str, Any] | None:
@@ -215,8 +255,8 @@ class RunFolder:
         try:
             if claim.get("host") == socket.gethostname():
                 return bool(process_start(int(claim["pid"])) == claim["started"])
-            heartbeat = self.heartbeat() or {}
-            return bool(time.time() - max(claim["time"], heartbeat.get("time", 0.0)) < GRACE_SECONDS)
+            age = time.time() - max(claim["time"], number(self.heartbeat() or {}, "time"))
+            return bool(-AHEAD_SECONDS < age < GRACE_SECONDS)
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError):  # no claim of ours
             return False
 
@@ -292,15 +332,28 @@ class RunFolder:
         return False
 
 
-def _lines(file: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON lines file; a torn line is left out."""
+def _lines(file: Path, most: int | None = LARGEST) -> list[dict[str, Any]]:
+    """The rows of a JSON lines file, of a larger one those in its last `most` bytes; a torn line is left out."""
     rows = []
-    with contextlib.suppress(FileNotFoundError, IsADirectoryError):
-        for line in file.read_bytes().splitlines():
+    with contextlib.suppress(FileNotFoundError, IsADirectoryError), open(file, "rb", opener=plain_file) as lines:
+        lines.seek(max(0, os.fstat(lines.fileno()).st_size - most) if most else 0)
+        while line := lines.readline(LONGEST):
             with contextlib.suppress(ValueError, RecursionError):
                 if isinstance(row := parse_json(line), dict):
                     rows.append(row)
     return rows
+
+
+def number(record: Mapping[str, Any], key: str) -> float:
+    """A finite number of a record; 0 where it has none, or something else."""
+    value = record.get(key)
+    plain = isinstance(value, (int, float)) and abs(value) < 1e15
+    return float(value) if plain else 0.0  # type: ignore[arg-type]
+
+
+def could_be_a_run(name: str) -> bool:
+    """Whether a folder of a store is looked into; names that cannot be encoded or shown are none of the suite's."""
+    return not name.startswith(".") and "-" in name and name.isprintable()
 
 
 def _token(claim: Any) -> str:
@@ -316,20 +369,19 @@ class Store:
         if self.root.exists() and not self.root.is_dir():
             raise UserError(f"{self.root}: the store must be a folder")
         if (found := self.format) > STORE_FORMAT:
-            known = f"this version of the suite knows 1 to {STORE_FORMAT}"
-            raise UserError(
-                f"{self.root}: a store of format {found}, {known}: update the suite, or take another --store"
-            )
+            known = f"a store of format {found}, this version of the suite knows 1 to {STORE_FORMAT}"
+            raise UserError(f"{self.root}: {known}: update the suite, or take another --store")
 
     @property
     def format(self) -> int:
         """The version of the folder's format; 1 where nothing says it."""
         try:
-            text = (self.root / FORMAT_FILE).read_text(encoding="utf-8", errors="replace")
+            text = read_plain(self.root / FORMAT_FILE, 10_000).decode(errors="replace")
         except (FileNotFoundError, NotADirectoryError):
             return 1
-        except OSError as error:
-            raise UserError(f"{self.root / FORMAT_FILE}: cannot be read: {error.strerror or error}") from error
+        except (OSError, ValueError) as error:
+            said = getattr(error, "strerror", None) or error
+            raise UserError(f"{self.root / FORMAT_FILE}: cannot be read: {said}") from error
         if not re.fullmatch(r"[1-9][0-9]{0,8}\s*", text, re.ASCII):
             what = f"expected the store's format, a number from 1 to {STORE_FORMAT}, got {text[:20]!r}"
             raise UserError(f"{self.root / FORMAT_FILE}: {what}: remove the file, it is written again")
@@ -351,15 +403,16 @@ class Store:
             raise UserError(f"{self.root}: holds synthetic results (its file {MARK}); real runs need another --store")
 
     def run(self, identity: str) -> RunFolder:
+        """The folder of a run, which need not be there. Raises UserError for what cannot be an id."""
         if "/" in identity or identity.startswith("."):
             raise UserError(f"{identity!r} is not a run's id")
         return RunFolder(self.root / identity)
 
     def ids(self) -> list[str]:
-        """Ids of the run folders, sorted."""
+        """Ids of the run folders, sorted: of names that no terminal shows `results check` tells."""
         try:
             with os.scandir(self.root) as entries:
-                return sorted(e.name for e in entries if not e.name.startswith(".") and "-" in e.name and e.is_dir())
+                return sorted(e.name for e in entries if could_be_a_run(e.name) and e.is_dir())
         except (FileNotFoundError, NotADirectoryError):
             return []
 
@@ -411,9 +464,11 @@ def migrate(store: Store) -> None:
     for identity in store.ids():
         folder = store.run(identity)
         with contextlib.suppress(OSError):  # another's, who opens it when running the next one
-            mode = (folder.path / "config.yaml").stat().st_mode & 0o666
-            for file in folder.checkpoints.glob("[!.]*.safetensors"):
-                file.chmod(mode)
+            linked = folder.path.is_symlink() or folder.checkpoints.is_symlink()
+            mode = (folder.path / "config.yaml").lstat().st_mode & 0o666
+            for file in () if linked else folder.checkpoints.glob("[!.]*.safetensors"):
+                if not file.is_symlink():
+                    file.chmod(mode)
         for grave in folder.path.glob(".claim.*.dead"):
             with contextlib.suppress(OSError):
                 grave.unlink(missing_ok=True)
@@ -427,9 +482,8 @@ class SyntheticStore(Store):
         super().__init__(root)
         if not self.synthetic:
             if found := self.ids()[:1] or [name for name in (".slurm",) if (self.root / name).exists()]:
-                raise UserError(
-                    f"{self.root}: holds real runs ({found[0]}), no file {MARK}; synthetic results need another --store"
-                )
+                holds = f"holds real runs ({found[0]}), no file {MARK}"
+                raise UserError(f"{self.root}: {holds}; synthetic results need another --store")
             self.open()
             write_atomically(self.root / MARK, MARK_TEXT)
             migrate(self)

@@ -24,7 +24,7 @@ TORN = ".torn"  # ending of a file that was set aside
 
 
 def set_aside(run: RunFolder, name: str) -> None:
-    """A torn file gets another name, so that it is missing and nobody takes it for one: what it told is lost."""
+    """A torn file gets another name, so that it is missing and nobody takes it for one. UserError."""
     try:
         os.replace(run.path / name, run.path / (name + TORN))
         flush(run.path)
@@ -38,7 +38,7 @@ def pruned(run: RunFolder) -> dict[str, int]:
 
 
 def prune(run: RunFolder, sizes: Mapping[str, int]) -> None:
-    """Removes files of `checkpoints`, noted before, so that whoever misses one is told why."""
+    """Removes files of `checkpoints`, noted before, so that whoever misses one is told why. UserError."""
     run.write(PRUNED, pruned(run) | dict(sizes))
     remove(*(run.checkpoints / name for name in sizes))
 
@@ -56,7 +56,7 @@ def remove(*paths: Path) -> None:
 
 
 def discard(store: Store, identity: str) -> None:
-    """Removes a run folder, out of sight first: whoever looks meanwhile, or after a crash, sees no half of it."""
+    """Removes a run folder, out of sight first: who looks meanwhile or after a crash sees no half of it. UserError."""
     try:
         (store.root / DISCARDED).mkdir(exist_ok=True)
         os.rename(store.run(identity).path, store.root / DISCARDED / f"{identity}.{uuid.uuid4().hex[:8]}")

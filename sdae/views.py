@@ -26,11 +26,13 @@ class View:
 
     @property
     def used(self) -> int:
+        """Masked patches that some fold sees."""
         return self.length * self.folds
 
     @classmethod
     def of(cls, teacher: Teacher, masked: int) -> View:
-        """The view that a config names, for `masked` = M masked patches."""
+        """The view that a config names, for `masked` = M masked patches. Folds are of floor(M / folds) patches;
+        what is left over is seen by no teacher."""
         if teacher.view == "full":
             return cls(masked, full=True)
         tokens = teacher.tokens if teacher.view == "crop" and teacher.tokens else masked

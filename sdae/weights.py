@@ -15,17 +15,18 @@ import torch
 from torch import Tensor
 
 from sdae.errors import UserError
-from sdae.files import checksum
+from sdae.files import DEEPEST, checksum, plain_file
 from sdae.layouts import LAYOUTS, TABLE, describe, encoders, kind, name_differences, patches_of_table
 from sdae.released import SUFFIX, home_of, located, weights_folder
 from sdae.sections import Init, Model
 from sdae.store import RunFolder, Store
-from sdae.training.checkpoints import load_weights, save_weights
+from sdae.training.checkpoints import KINDS, load_weights, save_weights
 
 SAID = "sdae"  # the one key of a file's metadata
 
 
 def epoch_file(which: str, epoch: int) -> str:
+    """The file of an encoder after an epoch."""
     return f"{which}-epoch-{epoch:05d}.safetensors"
 
 
@@ -130,13 +131,16 @@ def read_any(path: Path) -> dict[str, Any]:
     """A checkpoint file as it is: safetensors, or a PyTorch file read without running anything of it."""
     if path.suffix == ".safetensors":
         return dict(load_weights(path)[0])
-    _refuse_bomb(path)
     try:
+        with open(path, "rb", opener=plain_file):  # no pipe, in which torch would wait
+            _refuse_bomb(path)
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
+    except UserError:
+        raise
     except Exception as error:  # a broken pickle raises whatever its bytes lead to
         reason = (str(error) or type(error).__name__).splitlines()[0].split(". ")[0]
         if isinstance(error, pickle.UnpicklingError):  # its own words tell how to run the file's code all the same
@@ -154,20 +158,29 @@ def _refuse_bomb(path: Path) -> None:
     """PyTorch's files are archives of plain entries: packed ones may stand for any amount of memory."""
     try:
         with zipfile.ZipFile(path) as archive:
-            packed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
+            entries = archive.infolist()
+            packed = [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
+            told = sum(entry.file_size for entry in entries)
     except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):
         return  # none, or a broken one: torch says so
     if packed:
         raise UserError(f"{path}: not a checkpoint as PyTorch writes it: {packed[0]} is compressed")
+    if told > (size := path.stat().st_size):
+        raise UserError(f"{path}: not a checkpoint as PyTorch writes it: entries of {told:,} bytes in {size:,}")
 
 
-def _refuse_views(content: dict[Any, Any], path: Path) -> None:
-    """No tensor may be more than what the file holds of it, as one with strides of 0 would be when it is copied."""
+def _refuse_views(content: dict[Any, Any], path: Path, above: tuple[int, ...] = ()) -> None:
+    """No tensor may be more than what the file holds of it, as one with strides of 0 would be when it is copied, or of
+    a kind that no safetensors file of ours has. Raises UserError."""
+    if id(content) in above or len(above) > DEEPEST:
+        raise UserError(f"{path}: mappings in one another without an end")
     for name, value in content.items():
         if isinstance(value, dict):
-            _refuse_views(value, path)
+            _refuse_views(value, path, (*above, id(content)))
         elif isinstance(value, Tensor):
-            plain = value.layout == torch.strided and not value.is_quantized
+            plain = value.layout == torch.strided and not value.is_quantized and value.device.type == "cpu"
+            if plain and value.dtype not in KINDS:
+                raise UserError(f"{path}: {name}: {value.dtype} (allowed: {', '.join(sorted(KINDS.values()))})")
             if not plain or value.numel() * value.element_size() > value.untyped_storage().nbytes():
                 raise UserError(f"{path}: {name}: not a plain tensor, or larger than what is stored of it")
 

@@ -10,18 +10,19 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from sdae.errors import UserError
+from sdae.files import DEEPEST, plain_file, read_plain
 
 LARGEST = 256_000  # bytes of a YAML file: some seconds
 MOST_VALUES = 100_000  # with every alias written out
-DEEPEST = 100  # mappings and lists in one another, of the suite's own files
 SHOWN = 200  # characters of a wrong value
 
 
-def read_yaml(path: str | Path) -> Any:
-    """A YAML file's content, safely; every fault is one line that names the file and the place."""
+def read_yaml(path: str | Path, plain: bool = False) -> Any:
+    """A YAML file's content, safely; every fault is one line that names the file and the place. plain: not of a pipe,
+    which a user may name, but which may stand in a store for ever."""
     path = Path(path)
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=plain_file if plain else None) as file:
             content = file.read(LARGEST + 1)
         if len(content) > LARGEST:
             raise UserError(f"{path}: too large for a YAML file (allowed: {LARGEST:,} bytes)")
@@ -44,15 +45,21 @@ def read_yaml(path: str | Path) -> Any:
 def read_own(path: str | Path) -> Any:
     """YAML that the suite has written, fast; None where the file is absent, torn or something else."""
     try:
-        with open(path, "rb") as file:
-            content = file.read(LARGEST + 1)
-        kind, depth = getattr(yaml, "CSafeLoader", yaml.SafeLoader), 0
+        return parse_own(read_plain(path, LARGEST))
+    except (OSError, ValueError):
+        return None
+
+
+def parse_own(content: bytes) -> Any:
+    """What `read_own` reads, from its bytes; None where they are something else."""
+    kind, depth = getattr(yaml, "CSafeLoader", yaml.SafeLoader), 0
+    try:
         for event in yaml.parse(content, Loader=kind) if len(content) <= LARGEST else ():
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > DEEPEST:  # libyaml's loader would end the process
                 return None
         return load_yaml(content, kind) if len(content) <= LARGEST else None
-    except (OSError, ValueError, OverflowError, LookupError, AttributeError, RecursionError, yaml.YAMLError):
+    except (ValueError, OverflowError, LookupError, AttributeError, RecursionError, yaml.YAMLError):
         return None
 
 

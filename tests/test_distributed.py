@@ -40,7 +40,7 @@ def torchrun(config: Config, store: Path, ranks: int = 2) -> subprocess.Complete
     words = ["-m", "torch.distributed.run", "--nproc-per-node", ranks, "--master-addr", "127.0.0.1"]
     words += ["--master-port", free_port(), "-m", "cli.main", "run", file, "--store", store]
     return subprocess.run(
-        [sys.executable, *map(str, words)], capture_output=True, text=True, timeout=200, cwd=ROOT,
+        [sys.executable, *map(str, words)], capture_output=True, text=True, timeout=600, cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 

@@ -11,8 +11,12 @@ import torch
 from conftest import tiny
 
 from sdae.config import Config, run_id
+from sdae.data import Loader, open_dataset
+from sdae.data.feed import make_pictures
+from sdae.data.packing import prepare
 from sdae.errors import Interrupted
 from sdae.run import execute
+from sdae.sections import Data
 from sdae.stages.pretrain import build
 from sdae.stages.session import drop_factors, masking
 from sdae.store import Store
@@ -121,13 +125,15 @@ def test_a_run_goes_on_where_it_stopped(
 
 def test_every_attention_kernel_gives_the_same_numbers() -> None:
     """cuDNN's and flash attention are for bf16; the fastest of what is here is chosen."""
-    config = tiny("pretrain", precision="bf16", efficiency={"device": "cuda"})
+    model = {"width": 64, "heads": 2, "decoder_dim": 64}  # heads of 32: some kernels want multiples of 8
+    config = tiny("pretrain", precision="bf16", efficiency={"device": "cuda"}, model=model)
     seconds = attention.measure(attention.sequences(config, 64), CUDA, torch.bfloat16)
     assert "math" in seconds and len(seconds) > 1
     name = attention.fastest(config, 64, World(0, 1, CUDA))
     assert name in seconds
     found = {}
     for kernel in seconds:
+        attention.compile_with(kernel, alone=True)
         with attention.using(kernel):
             found[kernel] = steps(config, CUDA, count=3)[0]
     for kernel, values in found.items():
@@ -148,6 +154,33 @@ def test_draws_come_to_the_gpu_without_a_wait() -> None:
     assert drop is not None and factors is not None
     assert torch.equal(drop.cpu(), factors)
     assert torch.equal(drop.cpu(), drop_factors(0.2, 2, 0, 1, 0, 8, 8, CUDA).cpu())  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("form", ["memory", "files", "shards", "raw"])
+def test_pictures_come_to_the_gpu_without_a_wait(form: str, tmp_path: Path) -> None:
+    """With all augmentation; and they are those that the processor gives."""
+    augment = {"randaugment": "rand-m9-mstd0.5-inc1", "erasing": 0.25}
+    data = Data(name="builtin", image_size=32, train_pictures=32, val_pictures=8, augment=augment)  # type: ignore[arg-type]
+    if form != "memory":
+        folder = make_pictures(tmp_path / "files", 32, (80, 60))
+        data = Data(name="imagefolder", path=str(folder), image_size=32, augment=data.augment)
+    if form in ("shards", "raw"):
+        prepare(folder, tmp_path / form, form, side=48)  # type: ignore[arg-type]
+        data = Data(name="packed", path=str(tmp_path / form), image_size=32, augment=data.augment)
+    dataset = open_dataset(data, "train")
+    batches, wanted = (
+        Loader(dataset, data, seed=0, batch_size=8, train=True, device=device).epoch(0) for device in (CUDA, CPU)
+    )
+    for number in range(4):
+        torch.cuda.set_sync_debug_mode("error" if number else "default")  # the first one brings what stays there
+        try:
+            batch = next(batches)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        other = next(wanted)
+        assert torch.equal(batch.indices, other.indices)
+        assert torch.equal(batch.labels.cpu(), other.labels)
+        assert float((batch.images.cpu() - other.images).abs().mean()) < 0.005, "a rounding here and there"
 
 
 def test_a_step_does_not_wait_for_the_gpu() -> None:

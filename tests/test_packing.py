@@ -277,7 +277,7 @@ def test_kills_at_any_moment_change_no_byte(tmp_path: Path, workers: int) -> Non
     kills = 0
     for _ in range(6):
         have = len(list((tmp_path / "out").glob("*.shard")))
-        if killed_at(folder, tmp_path / "out", workers, have + draw.randrange(12), 0.05 * draw.random()):
+        if killed_at(folder, tmp_path / "out", workers, have + draw.randrange(12), 0.05 * draw.random() * (kills > 1)):
             if (tmp_path / "out" / "manifest.json").exists():  # killed between the last byte and the end
                 break
             kills += 1
@@ -549,3 +549,22 @@ def test_what_the_doctor_advises(wanted: float, ok: bool | None, says: str) -> N
     told = advice(found, wanted, 16, 2)
     assert told[0] is ok
     assert says in told[1]
+
+
+# Odd notes
+
+
+def interrupt(done: int, total: int) -> None:
+    if done:
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("note", ["[1]", '{"a": 1}', '{"file": 3, "skipped": [], "rows": []}', '{"file": "../x"}'])
+def test_a_part_with_an_odd_note_is_packed_again(note: str, folder: Path, tmp_path: Path) -> None:
+    """And nothing that the note names is read."""
+    pack(folder, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        pack(folder, tmp_path / "out", progress=interrupt)
+    (tmp_path / "out" / "unfinished" / "train-00000.json").write_text(note)
+    pack(folder, tmp_path / "out")
+    assert content(tmp_path / "out") == content(tmp_path / "whole")

@@ -73,7 +73,7 @@ def test_kill_at_random_moments(stage: str, tmp_path: Path) -> None:
             folder = killed.run(run_id(config))
             while not folder.claimed() and process.poll() is None:
                 time.sleep(0.02)
-            time.sleep(rng.uniform(0, duration / 2))
+            time.sleep(rng.uniform(0, duration / 2) if kills else 0)
             if process.poll() is None:
                 process.send_signal(signal.SIGKILL)
                 kills += 1

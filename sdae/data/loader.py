@@ -28,6 +28,7 @@ from sdae.data.mixing import erase
 from sdae.data.packed import Mapped, boxes_in
 from sdae.data.randaugment import RandAugment
 from sdae.data.randomness import permutation
+from sdae.data.transfer import sent
 from sdae.errors import BrokenInput, UserError
 from sdae.sections import Data
 
@@ -134,18 +135,18 @@ class Loader:
                 if isinstance(pictures, str):
                     raise BrokenInput(pictures)
                 self.skipped.update(skipped)
-                yield pictures.to(self.device, non_blocking=True), targets.to(self.device), at
+                yield sent(pictures, self.device), sent(targets, self.device), at
             return
         assert isinstance(self.dataset, Resident | Mapped)
         parts, labels = self.order.parts(epoch, first_step), self.dataset.labels.to(self.device)
         if isinstance(self.dataset, Mapped):
             for at, images in self._gathered(self.dataset, parts):
-                yield images.to(self.device, non_blocking=True), labels[at.to(self.device)], at
+                yield sent(images, self.device), labels[sent(at, self.device)], at
             return
         images, labels = self.dataset.on(self.device)
         for part in parts:
             at = torch.from_numpy(part)
-            there = at.to(self.device)
+            there = sent(at, self.device)
             yield images[there], labels[there], at
 
     def _gathered(self, dataset: Mapped, parts: Iterator[NDArray[np.int64]]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -180,14 +181,14 @@ class Loader:
         else:
             height, width = images.shape[2:]
             box = torch.from_numpy(crop.boxes(self.seed, epoch, part, height, width, augment.scale))
-        return crop.resized_crop(images, box.to(self.device), flip.to(self.device), size)
+        return crop.resized_crop(images, sent(box, self.device), sent(flip, self.device), size)
 
     def _finish(self, images: Tensor, epoch: int, part: NDArray[np.int64]) -> Tensor:
         """RandAugment, channels, normalization, erasing: what all sets share, batched on the device."""
         if self._randaugment is not None:
             images = self._randaugment(images, self.seed, epoch, part)
         if self.channels == 1:
-            images = (images * torch.tensor(LUMA, device=images.device)[:, None, None]).sum(1, keepdim=True)
+            images = (images * sent(torch.tensor(LUMA), self.device)[:, None, None]).sum(1, keepdim=True)
         elif self.channels != 3:
             images = images[:, [c % 3 for c in range(self.channels)]]
         images = images.sub(self._mean).div_(self._std)

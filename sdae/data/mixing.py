@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sdae.data.randomness import ERASING, PIXELS, hashed, normal_like, uniform
+from sdae.data.transfer import sent
 from sdae.errors import UserError
 from sdae.sections import Augment
 
@@ -83,8 +84,8 @@ def erase(images: Tensor, probability: float, seed: int, epoch: int, indices: ND
     hit = np.flatnonzero(box[:, 1])
     if not len(hit):
         return images
-    where = torch.from_numpy(hit).to(images.device)
-    top, bottom, left, right = torch.from_numpy(box[hit]).to(images.device)[:, :, None].unbind(1)
+    where = sent(torch.from_numpy(hit), images.device)
+    top, bottom, left, right = sent(torch.from_numpy(box[hit]), images.device)[:, :, None].unbind(1)
     y, x = torch.arange(height, device=images.device), torch.arange(width, device=images.device)
     inside = ((y >= top) & (y < bottom))[:, :, None] & ((x >= left) & (x < right))[:, None]
     noise = normal_like(hashed(seed, PIXELS, epoch, indices[hit]), (channels, height, width), images.device)

@@ -7,6 +7,7 @@ picture had before it was squashed.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from sdae.data import crop
 from sdae.data.datasets import Dataset, Files, Split, decode
 from sdae.data.fingerprint import Listing, folder_of, manifest
 from sdae.errors import UserError
+from sdae.files import plain_file
 from sdae.sections import Data
 
 
@@ -63,9 +65,11 @@ class Packed:
         return self._maps[part][offset : offset + int(self.length[i])]
 
     def name(self, i: int) -> str:
+        """Folder and file of picture i, for messages."""
         return f"{self.root}: {self.index['name'][self.rows[i]].decode(errors='surrogateescape')}"
 
     def take(self, chosen: NDArray[np.int64]) -> Packed:
+        """The same for some of the pictures."""
         return Packed(Path(self.root), self.index_name, self.parts, self.rows[chosen])
 
 
@@ -81,6 +85,7 @@ class Shards(Files):
         self._name = self.packed.name
 
     def read(self, i: int) -> Tensor:
+        """Picture i, uint8 (3, H, W). Raises `UnreadableError`."""
         return decode(self.packed.bytes_of(i), self.path_of(i))
 
     def take(self, chosen: NDArray[np.int64]) -> Shards:
@@ -133,6 +138,7 @@ def index_of(root: Path, split: str, facts: dict[str, Any]) -> str:
     """The name of a split's index, proved to be one of the manifest's files and pictures. Raises `UserError`."""
     name, parts = f"{split}.npy", facts["parts"][split]
     try:
+        os.close(plain_file(str(root / name), os.O_RDONLY))  # numpy would wait for a pipe
         index = np.load(root / name, mmap_mode="r", allow_pickle=False)
         ends = np.array([facts["files"][part]["bytes"] for part in parts], np.int64)
         part, offset, length = (index[key].astype(np.int64) for key in ("part", "offset", "length"))

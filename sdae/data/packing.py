@@ -18,12 +18,14 @@ import io
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from multiprocessing import forkserver, resource_tracker
+from multiprocessing import connection, forkserver, resource_tracker
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
@@ -33,7 +35,7 @@ from numpy.typing import NDArray
 from sdae.data.fingerprint import MANIFEST, PACKED_FORMAT, SPLITS, manifest, manifest_digest, pictures_of, scan
 from sdae.data.randomness import permutation
 from sdae.errors import UserError
-from sdae.files import checksum, flush, make_folder, read_json, read_record, to_json, write_atomically
+from sdae.files import OURS, checksum, encodable, flush, make_folder, read_record, to_json, write_atomically
 
 Form = Literal["shards", "raw"]
 OnError = Literal["raise", "skip"]
@@ -45,6 +47,7 @@ QUALITY = 95
 MARGIN = 1.05  # of the estimate: a sample is not the whole
 UNFINISHED = "unfinished"
 SIDES = (32, 4096)
+OWN = re.compile(r"(train|val)(\.npy|-\d{5,}-[0-9a-f]+\.(shard|raw))|\.(train|val)-\d{5,}\.\d+\.tmp")  # files in OUT
 
 
 class Picture(NamedTuple):
@@ -70,11 +73,14 @@ class Job:
     on_error: OnError
 
     def asked(self) -> dict[str, Any]:
-        return {"source": str(self.source), "form": self.form, "side": self.side}
+        """What another call must ask for to go on with this one."""
+        return {"source": encodable(self.source), "form": self.form, "side": self.side}
 
 
 @dataclass(frozen=True)
 class Part:
+    """The pictures that go into one file."""
+
     job: Job
     split: str
     number: int
@@ -90,12 +96,13 @@ class Part:
 
     def done(self) -> dict[str, Any] | None:
         """The note of a part that is whole: file, bytes, sha256, rows, skipped."""
-        found = read_json(self.note)
-        if found and found["skipped"] and self.job.on_error == "raise":
+        found = read_record(self.note) or {}
+        name, skipped, rows = str(found.get("file")), found.get("skipped"), found.get("rows")
+        lists = isinstance(skipped, list) and isinstance(rows, list)
+        if not (OWN.fullmatch(name) and lists) or (skipped and self.job.on_error == "raise"):
             return None
-        file = self.job.out / found["file"] if found else None
-        whole = file and file.is_file() and file.stat().st_size == found["bytes"] and checksum(file) == found["sha256"]
-        return found if whole else None
+        file, said = self.job.out / name, (found.get("bytes"), found.get("sha256"))
+        return found if file.is_file() and (file.stat().st_size, checksum(file)) == said else None
 
 
 def prepare(
@@ -115,6 +122,8 @@ def prepare(
     if (out / MANIFEST).exists():
         return _finished(job)
     classes, _ = scan(source)
+    if odd := [name for name in classes if name != encodable(name)]:
+        raise UserError(f"{source}: a class folder with a name that is not UTF-8: {encodable(odd[0])} (rename it)")
     before = survey(job.source, classes)
     plan, fresh = _plan(job, classes, before, part_bytes)
     _must_fit(job, sum(map(len, before.values())), plan["estimate"])
@@ -288,38 +297,37 @@ def _locked(job: Job, plan: dict[str, Any] | None) -> Iterator[None]:
 
 def _clear(job: Job, parts: list[Part]) -> None:
     """Removes what a killed packer left: files without a note, half files."""
-    noted = {note["file"] for part in parts if (note := read_json(part.note))}
+    noted = {str((read_record(part.note) or {}).get("file")) for part in parts}
     for file in job.out.iterdir():
-        if file.is_file() and file.name not in noted:
+        ours = OWN.fullmatch(file.name) or OURS.fullmatch(file.name)
+        if ours and file.is_file() and file.name not in noted:
             file.unlink(missing_ok=True)
 
 
-# The parts
-
-
 class _StoppedError(Exception):
-    """This worker is to end: another one failed, or the packer is gone."""
+    """This worker is to end: another one failed."""
 
 
 _pictures: Any = None  # in a worker: the count of all workers' pictures, and whether to stop
 _stop: Any = None
-_parent = 0
 
 
 def _begin(pictures: Any, stop: Any) -> None:
-    global _pictures, _stop, _parent
+    global _pictures, _stop
     import torch
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the packer tells its workers itself
     torch.set_num_threads(1)
-    _pictures, _stop, _parent = pictures, stop, os.getppid()
+    _pictures, _stop = pictures, stop
+    packer: Any = multiprocessing.parent_process()  # without it a worker would wait for its next part for ever
+    threading.Thread(target=lambda: (connection.wait([packer.sentinel]), os._exit(1)), daemon=True).start()
 
 
 def _tell(pictures: int) -> None:
     if _pictures is not None:
         with _pictures.get_lock():
             _pictures.value += pictures
-        if _stop.is_set() or os.getppid() != _parent:  # the server of the forks ends with the packer
+        if _stop.is_set():
             raise _StoppedError
 
 
@@ -402,7 +410,7 @@ def _fill(part: Part, file: IO[bytes], told: Callable[[int], None] | None) -> di
         except UnreadableError as error:
             if job.on_error == "raise":
                 raise UserError(f"{error} (--on-error skip leaves it out)") from None
-            skipped.append(f"{part.split}/{picture.name}")
+            skipped.append(encodable(f"{part.split}/{picture.name}"))
         else:
             file.write(content)
             digest.update(content)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sdae.data.randomness import RANDAUGMENT, normal, uniform
+from sdae.data.transfer import sent
 
 FILL = (124.0, 116.0, 104.0)
 Floats = NDArray[np.float64]
@@ -109,7 +110,7 @@ def affine(images: Tensor, matrix: Tensor) -> Tensor:
         for i in range(4):
             at = (row + (x0 + (i - 1)).clamp(0, width - 1)).view(m, 1, -1).expand(-1, 3, -1)
             out += flat.gather(2, at).view_as(images) * (wx[i] * wy[j])[:, None]
-    fill = torch.tensor(FILL, device=images.device)[:, None, None]
+    fill = sent(torch.tensor(FILL), images.device)[:, None, None]
     return torch.where(inside, out.add_(1e-4).clamp_(0, 255).floor_(), fill)  # 1e-4: a whole number stays itself
 
 
@@ -208,8 +209,8 @@ class RandAugment:
             choice, values = self.draw(seed, epoch, indices, layer)
             order = np.argsort(choice, kind="stable")
             bounds = np.searchsorted(choice[order], np.arange(len(TO_VALUE) + 1))
-            there = torch.from_numpy(order).to(images.device)
-            value = torch.from_numpy(values[order].astype(np.float32)).to(images.device)[:, None, None, None]
+            there = sent(torch.from_numpy(order), images.device)
+            value = sent(torch.from_numpy(values[order].astype(np.float32)), images.device)[:, None, None, None]
             parts = [slice(*pair) for pair in zip(bounds.tolist(), bounds[1:].tolist(), strict=False)]
             for (_, operation, _), part in zip(PIXELWISE, parts, strict=False):
                 if part.start < part.stop:
@@ -219,6 +220,6 @@ class RandAugment:
                     matrices(name, values[order[part]], images.shape[2], images.shape[3])
                     for (name, _), part in zip(GEOMETRIC, parts[len(PIXELWISE) :], strict=True)
                 ]
-                matrix = torch.from_numpy(np.concatenate(moves).astype(np.float32)).to(images.device)
+                matrix = sent(torch.from_numpy(np.concatenate(moves).astype(np.float32)), images.device)
                 images[there[first:]] = affine(images[there[first:]], matrix)
         return images

@@ -61,7 +61,9 @@ def normal_like(keys: NDArray[np.uint64], shape: tuple[int, ...], device: torch.
     """float32 normals (len(keys), *shape) on a device: splitmix64's sequence from each key, then Box-Muller."""
     import torch
 
-    start = torch.from_numpy(keys.view(np.int64)).to(device)
+    from sdae.data.transfer import sent
+
+    start = sent(torch.from_numpy(keys.view(np.int64)), device)
     x = start[:, None] + torch.arange(1, int(np.prod(shape)) + 1, device=device) * _signed(GOLDEN)
     x = (x ^ _shifted(x, 30)) * _signed(FIRST)
     x = (x ^ _shifted(x, 27)) * _signed(SECOND)

@@ -17,10 +17,11 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from sdae.data import builtin
-from sdae.data.datasets import UnreadableError, opened, read, reason_of
+from sdae.data.datasets import MOST_BYTES, UnreadableError, opened, read, reason_of
 from sdae.data.loader import statistics
 from sdae.data.randomness import SCENE, uniform
 from sdae.data.segmentation import FOLDERS, IGNORE, Split, annotation_of
+from sdae.files import read_plain
 from sdae.sections import SegmentData
 
 TRIES = 10  # crops looked at for one without too much of one class; then the next one is taken
@@ -114,20 +115,19 @@ class BuiltinScenes(SegmentSet):
 def read_labels(path: str, classes: int) -> Tensor:
     """A label map file as it is stored: int64 (H, W), 0..classes. Raises `UnreadableError`."""
     try:
-        with open(path, "rb") as file:  # all of it: Pillow would allot as many bytes as a damaged file says it has
-            content = io.BytesIO(file.read())
-        with opened(content) as picture:
-            mode, stored = picture.mode, np.array(picture).astype(np.int64)
+        # all of it: Pillow would allot as many bytes as a damaged file says it has
+        with opened(io.BytesIO(read_plain(path, MOST_BYTES))) as picture:
+            mode, stored = picture.mode, np.array(picture) if picture.mode in MODES else None
     except FileNotFoundError:
         raise UnreadableError(f"{path}: no such label map") from None
     except Exception as error:  # Pillow raises what its decoders lead to
         raise UnreadableError(f"{path}: broken label map: {reason_of(error)}") from None
-    if mode not in MODES:
+    if stored is None:
         raise UnreadableError(f"{path}: a label map has one channel of 8 or 16 bits, this one is {mode}")
     highest = int(stored.max(initial=0))
     if highest > classes:
         raise UnreadableError(f"{path}: holds the label {highest} (allowed: 0 for none, 1 to {classes})")
-    return torch.from_numpy(stored)
+    return torch.from_numpy(stored.astype(np.int64))
 
 
 def scaled(height: int, width: int, shorter: float, longest: float) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from sdae.data import builtin
 from sdae.data.fingerprint import Listing, folder_of, pictures_of
 from sdae.data.randomness import permutation
 from sdae.errors import UserError
+from sdae.files import read_plain
 from sdae.sections import SegmentData
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ FOLDERS = {"train": "training", "val": "validation"}
 ADE20K_CLASSES = 150
 IGNORE = 255  # "not labelled", in tensors
 MOST_CLASSES = IGNORE
+MOST_BYTES = 1_000_000  # of the file of their names
 GROUND = "ground"  # builtin's first class: what no object covers
 
 
@@ -73,10 +75,10 @@ def classes_of(root: Path, name: str) -> tuple[str, ...]:
         if not file.exists():
             return tuple(f"class {i}" for i in range(1, ADE20K_CLASSES + 1))
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = read_plain(file, MOST_BYTES).decode().splitlines()
     except FileNotFoundError:
         raise UserError(f"data.path: {file}: no such file (expected a line INDEX<TAB>NAME for each class)") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"data.path: {file}: cannot be read: {error}") from None
     for number, line in enumerate(lines, 1):
         index, *others = line.split("\t")

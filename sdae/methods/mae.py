@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from sdae.config import Pretrain
@@ -14,6 +13,8 @@ from sdae.views import split
 
 
 class MAE(nn.Module):
+    """MAE, the paper's baseline: the student predicts the masked pixels, normalized within each patch if asked for."""
+
     def __init__(self, config: Pretrain):
         super().__init__()
         patch, channels = config.model.patch_size, config.model.channels
@@ -25,6 +26,7 @@ class MAE(nn.Module):
         self.student = MaskedAutoencoder(config.model, config.data.image_size, patch * patch * channels)
 
     def init_weights(self) -> None:
+        """As MAE draws them (docs/method.md)."""
         self.student.init_weights()
 
     def forward(self, images: Tensor, noise: Tensor, drop: Tensor | None = None) -> Output:
@@ -36,4 +38,4 @@ class MAE(nn.Module):
         # MAE's order inside a patch: row, column, channel
         pixels = pixels.view(*pixels.shape[:2], self.channels, -1).transpose(2, 3).flatten(2)
         loss = pixel_loss(prediction, pixels, self.normalize)
-        return Output(loss, prediction, pixels.detach(), torch.empty(0))
+        return Output(loss, prediction, pixels.detach(), prediction.new_empty(0))

@@ -41,6 +41,7 @@ class SdAE(nn.Module):
         self._pairs: tuple[list[Tensor], list[Tensor]] | None = None
 
     def init_weights(self) -> None:
+        """The student's as MAE's; the teacher's own (timm), or the student's where the config says so."""
         self.student.init_weights()
         if self.start_from_student:
             self.teacher.load_state_dict(self.student.encoder_state())
@@ -72,7 +73,7 @@ class SdAE(nn.Module):
 
         One call of `_foreach_lerp_` would round otherwise and give the runs of before other bits.
         """
-        if self._pairs is None or self._pairs[0][0].device != self.teacher.cls_token.device:
+        if self._pairs is None:
             student = dict(self.student.named_parameters())
             names, teacher = zip(*self.teacher.named_parameters(), strict=True)
             self._pairs = (list(teacher), [student[name] for name in names])

@@ -1,7 +1,7 @@
 """Linear layers that run at the CPU's peak.
 
 In float32 on the CPU, oneDNN's matrix product with its bias inside is faster than what `F.linear` calls there
-(benchmarks/pretrain_step.py --linear); the weight's gradient is not, and stays with the plain product. Elsewhere, and
+(benchmarks/changes.py); the weight's gradient is not, and stays with the plain product. Elsewhere, and
 where this PyTorch lacks the operator, the layer is `nn.Linear` to the letter.
 """
 
@@ -56,6 +56,8 @@ class _Product(torch.autograd.Function):
 
 
 class Linear(nn.Linear):
+    """A linear layer; in float32 on a CPU oneDNN's product with its bias inside, which is faster there."""
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
         if _LINEAR is None or not (_enabled and _is_float32_on_cpu(x)):

@@ -94,6 +94,8 @@ class Float32Head(RPNHead):  # type: ignore[misc]
 
 
 class Proposals(RegionProposalNetwork):  # type: ignore[misc]
+    """torchvision's region proposals, whose losses are means over the samples of all processes."""
+
     def compute_loss(
         self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor], regression_targets: list[Tensor]
     ) -> tuple[Tensor, Tensor]:

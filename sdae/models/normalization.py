@@ -48,6 +48,8 @@ class GlobalBatchNorm(nn.BatchNorm1d):
 
 
 class GlobalBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm over the batches of all processes, in float32."""
+
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W), in float32."""
         x = x.float()

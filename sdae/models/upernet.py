@@ -28,6 +28,8 @@ def resize(maps: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
 
 
 class UperNet(nn.Module):
+    """UperNet on a ViT: pyramid pooling, a feature pyramid, a classifier of pixels, an auxiliary FCN in training."""
+
     def __init__(
         self, model: Model, image_size: int, backbone: Backbone, head: SegmentHead, classes: int,
         checkpointing: bool = False,

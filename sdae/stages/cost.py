@@ -13,9 +13,11 @@ import time
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sdae.config import CostRun, Pretrain, parse
+from sdae.errors import Interrupted
 from sdae.models.flops import per_image
 from sdae.models.linear import plain
 from sdae.sections import Method
@@ -28,16 +30,20 @@ from sdae.training.parallel import begins_step, compiled, set_checkpointing
 
 
 def run(config: CostRun, session: Session) -> dict[str, Any]:
-    """Medians over the repeats; the first repeat of each side warms up and is left out."""
+    """Medians over the repeats; the first repeat of each side warms up and is left out. Raises Interrupted between two
+    of them where the run is told to stop."""
     peak = telemetry.peak_flops(session.world.device.type, config.precision)
     mae = Method(name="mae")
     measured(config, mae, session)  # a first one, let go: what libraries set aside once is nobody's memory
+    _listen(session)
     mine, memory = measured(config, config.method, session)
+    _listen(session)
     baseline = mine if config.method.name == "mae" else measured(config, mae, session)[0]
     counted = mine.count_flop()
     sides = [mine] if baseline is mine else [mine, baseline]
     repeats: dict[int, list[float]] = {id(side): [] for side in sides}
     for turn in range(config.cost.repeats):
+        _listen(session)
         for side in sides:
             repeats[id(side)].append(side.repeat())
         session.pulse.tell(epoch=turn + 1, epochs=config.cost.repeats)
@@ -59,22 +65,30 @@ def run(config: CostRun, session: Session) -> dict[str, Any]:
         "arch": config.model.arch, "view": teacher.view if teacher else method.name,
         "folds": teacher.folds if teacher else None, "tokens": teacher.tokens if teacher else None,
         "batch_size": config.cost.batch_size, "pictures": config.cost.pictures,
+        "attention": mine.kernel or config.efficiency.attention,
         "time_repeats": [config.cost.pictures / r for r in rates],
         "images_per_s_repeats": rates, "overhead_repeats": overheads,
     }  # fmt: skip
     return {"metrics": metrics}
 
 
+def _listen(session: Session) -> None:
+    if session.world.any(session.stop.asked):
+        raise Interrupted(f"{session.folder.id}: stopped; a cost run begins anew", session.stop.signals)
+
+
 def measured(config: CostRun, method: Method, session: Session) -> tuple[Bench, int | None]:
-    """A method after one repeat of warm-up, and the peak memory in bytes that it took (null where that is not told)."""
+    """A method after its warm-up, and the peak memory in bytes that it took (null where that is not told)."""
     device = session.world.device
     release_memory()
     telemetry.reset_peak_memory(device)
     before = telemetry.peak_memory(device)
     bench = Bench(config, method, session)
     bench.repeat()
-    if device.type == "cuda":  # what compiling took aside is not the step's
-        telemetry.reset_peak_memory(device)
+    # What compiling took aside is not the step's; but a graph takes its memory when it is recorded, in the second step
+    if device.type == "cuda":
+        if not config.efficiency.cuda_graphs:
+            telemetry.reset_peak_memory(device)
         bench.repeat()
     after = telemetry.peak_memory(device)
     return bench, None if before is None or after is None else max(after - before, 0)
@@ -102,9 +116,10 @@ class Bench:
         self.model = compiled(self.module, config.efficiency, self.device)
         mine = config.model_copy(update={"method": pretrain.method})
         self.kernel = attention.fastest(mine, config.cost.batch_size, session.world)
+        attention.compile_with(self.kernel or config.efficiency.attention, alone=False)
 
     def repeat(self) -> float:
-        """Seconds that `cost.steps` training steps take, the teacher's update included."""
+        """Seconds that `cost.steps` training steps take; not the teacher's update, which comes once an epoch."""
         telemetry.synchronize(self.device)
         began = time.perf_counter()
         for _ in range(self.config.cost.steps):
@@ -112,7 +127,8 @@ class Bench:
         telemetry.synchronize(self.device)
         return time.perf_counter() - began
 
-    def train_step(self) -> None:
+    def train_step(self) -> Tensor:
+        """Returns the loss, on the device."""
         batch = len(self.images)
         noise, drop = self.masking.at(self.step, 0, batch, batch)
         self.step += 1
@@ -122,6 +138,7 @@ class Bench:
             output = self.model(self.images, noise, drop)
             output.loss.backward()
         self.optimizer.step()
+        return output.loss.detach().clone()  # type: ignore[no-any-return]  # a CUDA graph's is that of the next step
 
     def count_flop(self) -> float:
         """FLOP of one step of the batch as torch's counter sees them."""

@@ -18,6 +18,7 @@ from sdae.config import Detect
 from sdae.data.dense import DenseBatch, colours
 from sdae.data.loader import statistics
 from sdae.data.objects import ObjectSet, Size, encoded, fitted, open_objects, resize, seen
+from sdae.data.transfer import sent
 from sdae.errors import UserError
 from sdae.models.maskrcnn import PARTS, MaskRCNN
 from sdae.stages import dense
@@ -69,7 +70,7 @@ class DetectTask(dense.DenseTask):
     def inputs(self, batch: DenseBatch, step: int, first: int, total: int) -> tuple[Any, ...]:
         """Pictures, their sizes, targets, stochastic depth and a key to sample from for each picture."""
         images, count = self.filled(batch.images), len(batch.images)
-        targets = [{k: t.to(self.device, non_blocking=True) for k, t in answer.items()} for answer in batch.answers]
+        targets = [{k: sent(t, self.device) for k, t in answer.items()} for answer in batch.answers]
         keys = [seed_of(self.config.seed, SAMPLE, step, first + i) for i in range(count)]
         return images, batch.sizes, targets, self.drop(step, first, count, total), keys
 

@@ -18,6 +18,7 @@ from sdae.data.dense import DenseBatch, colours
 from sdae.data.loader import statistics
 from sdae.data.scenes import scaled
 from sdae.data.segmentation import IGNORE, open_segmentation
+from sdae.data.transfer import sent
 from sdae.drawing import regions
 from sdae.errors import BrokenInput
 from sdae.models.upernet import UperNet, resize
@@ -51,11 +52,11 @@ class SegmentTask(dense.DenseTask):
         """Pictures, labels, stochastic depth and the dropout of channels: factors (b, dropped), 0 or 1 / (1 - p)."""
         size, rate = self.config.data.image_size, self.config.head.dropout
         count = len(batch.images)
-        labels = torch.stack(batch.answers).to(self.device, non_blocking=True)
+        labels = sent(torch.stack(batch.answers), self.device)
         dropout = None
         if rate:
             draws = uniform((total, self.module.dropped), self.config.seed, DROPOUT, step)[first : first + count]
-            dropout = ((draws >= rate).float() / (1 - rate)).to(self.device, non_blocking=True)
+            dropout = sent((draws >= rate).float() / (1 - rate), self.device)
         return batch.images[:, :, :size, :size], labels, self.drop(step, first, count, total), dropout
 
     @torch.no_grad()

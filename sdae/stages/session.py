@@ -11,6 +11,7 @@ from torch import Tensor
 from sdae.config import CostRun, Finetune, Linprobe, Pretrain
 from sdae.data import Dataset, Loader
 from sdae.data.randomness import hashed
+from sdae.data.transfer import pinned, sent
 from sdae.models.encoder import drop_path_rates
 from sdae.store import RunFolder, Store
 from sdae.training.distributed import World
@@ -46,7 +47,7 @@ def drop_factors(
 ) -> Tensor | None:
     """Stochastic-depth factors (depth, 2, count), 0 or 1 / (1 - p), of pictures first .. of a batch of `total`."""
     factors = drawn_factors(rate, depth, seed, step, first, count, total)
-    return None if factors is None else sent(pinned(factors, device), device)
+    return None if factors is None else sent(factors, device)
 
 
 def drawn_factors(rate: float, depth: int, seed: int, step: int, first: int, count: int, total: int) -> Tensor | None:
@@ -56,16 +57,6 @@ def drawn_factors(rate: float, depth: int, seed: int, step: int, first: int, cou
     keep = 1 - torch.tensor(drop_path_rates(rate, depth))[:, None, None]
     draws = uniform((depth, 2, total), seed, DROP, step)[:, :, first : first + count]
     return (draws < keep).float() / keep
-
-
-def pinned(tensor: Tensor, device: torch.device) -> Tensor:
-    """In memory that a GPU copies from by itself; for a CPU as it is."""
-    return tensor.pin_memory() if device.type == "cuda" else tensor
-
-
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """On the device; nobody waits for the copy where the tensor is pinned."""
-    return tensor.to(device, non_blocking=True)
 
 
 Draws = tuple[Tensor, Tensor | None]  # mask noise (count, L) and stochastic-depth factors (depth, 2, count)

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from sdae.errors import UserError
-from sdae.files import checksum, read_json, to_json, write_atomically, written
+from sdae.files import checksum, read_record, to_json, write_atomically, written
 from sdae.released import header_size
 from sdae.store import RunFolder
 from sdae.upkeep import pruned as pruned_of
@@ -104,9 +104,11 @@ def save_state(folder: Path, step: int, tensors: dict[str, Tensor], metadata: di
     path = folder / f"state-{step:08d}.safetensors"
     digest = save_weights(path, tensors, {**metadata, "step": step})
     write_atomically(path.with_suffix(".sha256.json"), to_json({"sha256": digest}))
-    for old in states(folder)[KEPT:]:
-        old.unlink(missing_ok=True)
-        old.with_suffix(".sha256.json").unlink(missing_ok=True)
+    whole = [file for file in states(folder) if file <= path and file.with_suffix(".sha256.json").exists()][:KEPT]
+    for old in states(folder):  # later ones were torn, or killed in their writing: this run began before them
+        if old not in whole:
+            old.unlink(missing_ok=True)
+            old.with_suffix(".sha256.json").unlink(missing_ok=True)
 
 
 def states(folder: Path) -> list[Path]:
@@ -117,7 +119,7 @@ def states(folder: Path) -> list[Path]:
 def load_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     """The latest state that is whole, or None."""
     for path in states(folder):
-        record = read_json(path.with_suffix(".sha256.json"))
+        record = read_record(path.with_suffix(".sha256.json"))
         with contextlib.suppress(UserError):
             if record is not None:
                 return load_weights(path, record.get("sha256"))

@@ -16,12 +16,15 @@ from sdae.sections import Efficiency
 
 @dataclass(frozen=True)
 class World:
+    """This process among those of a run (torchrun), and its device."""
+
     rank: int
     size: int
     device: torch.device
 
     @property
     def first(self) -> bool:
+        """Whether this is the process that writes."""
         return self.rank == 0
 
     def sum(self, value: Tensor) -> Tensor:
@@ -61,12 +64,14 @@ class World:
         return said[0]
 
     def wait(self) -> None:
+        """Returns when every process has come here."""
         if self.size > 1:
             dist.barrier()
 
 
 def start(efficiency: Efficiency) -> World:
-    """This process's place, read from torchrun's variables, else from srun's, else alone. Joins the group once."""
+    """This process's place, read from torchrun's variables, else from srun's, else alone. Joins the group once. Raises
+    UserError."""
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         rank, size, local = (int(os.environ.get(k, "0")) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     elif int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
@@ -90,6 +95,7 @@ def start(efficiency: Efficiency) -> World:
 
 
 def stop() -> None:
+    """Leaves the group of processes, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 

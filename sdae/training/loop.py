@@ -76,8 +76,12 @@ def fit(
     model = wrapped(task.module, config, world)
     kernel = attention.kept(config, metadata, device) or attention.fastest(config, micro, world)
     pulse.status["attention"] = kernel or efficiency.attention
+    attention.compile_with(kernel or efficiency.attention, alone=True)
     rounds = exchanges_bf16(config) and world.size == 1
-    meter = telemetry.Meter(device, task.gflop_per_image, telemetry.peak_flops(device.type, config.precision))
+    peak = telemetry.peak_flops(device.type, config.precision)
+    if peak and device.type == "cuda":  # ranks on CPUs share one machine's
+        peak *= world.size
+    meter = telemetry.Meter(device, task.gflop_per_image, peak)
     guard, saved = LossGuard(world), time.monotonic()
     board = telemetry.Board(run, efficiency.tensorboard and world.first)
     telemetry.reset_peak_memory(device)
@@ -129,11 +133,12 @@ def fit(
                     "lr": lr,
                 }
                 row |= task.watch(output)
+                row |= meter.row()
                 if ends_epoch:
                     row |= task.after_epoch(step // per_epoch)
                     task.module.train()
+                    meter.reset()  # what an epoch's end saves and evaluates is no training
                 sums.zero_()
-                row |= meter.row()
                 if world.first:
                     run.append_metrics(row)
                     board.add(row)
@@ -158,7 +163,8 @@ def fit(
 
 
 def resume(task: Task, run: RunFolder, world: World, sums: Tensor) -> tuple[int, dict[str, Any]]:
-    """Loads the latest whole state, if any; returns the number of steps already taken and the state's metadata."""
+    """Loads the latest whole state, if any; returns the number of steps already taken and the state's metadata. Raises
+    RunFailed where it is another run's."""
     state = checkpoints.load_state(run.checkpoints)
     step, metadata = 0, dict[str, Any]()
     if state is not None:
@@ -187,6 +193,7 @@ def task_state(task: Task) -> dict[str, Tensor]:
 
 
 def load_task(task: Task, tensors: dict[str, Tensor]) -> None:
+    """Puts back what `task_state` took: weights (`model.NAME`) and the optimizer's state (`optimizer.NAME|FIELD`)."""
     weights = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
     if is_sharded(task.module):
         weights = {name: like(weights[name], part) for name, part in task.module.state_dict().items()}
@@ -200,6 +207,7 @@ def load_task(task: Task, tensors: dict[str, Tensor]) -> None:
 
 
 def save(task: Task, run: RunFolder, step: int, sums: Tensor, world: World, kernel: str | None) -> None:
+    """Saves the state after `step` steps, by the first process; the others help to gather it, and wait."""
     total = world.sum(sums.clone())
     if world.first or is_sharded(task.module):
         state = task_state(task) | {"loop.sums": torch.stack([total[0], sums[1]])}
@@ -225,6 +233,7 @@ class LossGuard:
         self.step = torch.full((), self.NEVER, dtype=torch.int64, device=world.device)
 
     def note(self, loss: Tensor, step: int) -> None:
+        """Takes a loss (a scalar on the device) without waiting for it."""
         self.step = torch.where(loss.isfinite(), self.step, self.step.clamp_max(step))
 
     def check(self, task: Task, config: Trained, run: RunFolder, loader: Loader) -> None:
@@ -246,6 +255,7 @@ class LossGuard:
 
 
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """bf16 products where the precision asks for them; a context manager."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
@@ -285,6 +295,7 @@ class Stop:
 
     @property
     def asked(self) -> bool:
+        """Whether the loop is to save and end."""
         return bool(self.signals)
 
     def agreed(self, world: World, step: int) -> bool:

@@ -62,6 +62,7 @@ def lars(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimi
 
 
 def layer_of(name: str, depth: int) -> int:
+    """The layer whose decay a parameter has: 0 the embeddings, 1 to depth the blocks, depth + 1 the rest."""
     name = name.removeprefix("backbone.")
     if name.startswith(("patch_embed.", "cls_token", "pos_embed")):
         return 0

@@ -24,7 +24,8 @@ COMPILED_ON = {"cuda"}  # device types; on a CPU the first step would take longe
 
 
 def wrapped(module: nn.Module, config: Trained, world: World) -> nn.Module:
-    """The module as the loop calls it. One that `shard` has shared is called as it is."""
+    """The module as the loop calls it. One that `shard` has shared is called as it is. Raises UserError as `refuse`
+    does."""
     efficiency = config.efficiency
     refuse(config, world)
     set_checkpointing(module, efficiency.checkpointing)
@@ -40,6 +41,7 @@ def wrapped(module: nn.Module, config: Trained, world: World) -> nn.Module:
 
 
 def refuse(config: Trained, world: World) -> None:
+    """Raises UserError for settings of `efficiency` that this stage, or so many processes, cannot have."""
     efficiency = config.efficiency
     if efficiency.fsdp and config.stage != "pretrain":
         raise UserError(f"efficiency.fsdp: true, but a run of the stage {config.stage} is not shared (allowed: false)")
@@ -54,17 +56,21 @@ def compiled(module: nn.Module, efficiency: Efficiency, device: torch.device) ->
     """Forward and backward pass as one graph each, for fixed shapes."""
     if not efficiency.compile or device.type not in COMPILED_ON:
         return module
+    # Each network is one more entry of the same function; beyond the limit torch would silently go on without compiling
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     mode = "reduce-overhead" if efficiency.cuda_graphs and device.type == "cuda" else None
     return torch.compile(module, dynamic=False, mode=mode)  # type: ignore[return-value]
 
 
 def set_checkpointing(module: nn.Module, wanted: bool) -> None:
+    """Whether the encoders compute their blocks' activations again in the backward pass."""
     for child in module.modules():
         if isinstance(child, Encoder):
             child.checkpointing = wanted
 
 
 def replicated(module: nn.Module, config: Trained) -> DistributedDataParallel:
+    """DDP, whose exchange of gradients overlaps the backward pass; in bf16 where the config says so."""
     renamed = "forward_sync_buffers" in signature(DistributedDataParallel).parameters  # torch 2.14
     own_buffers = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
     model = DistributedDataParallel(module, gradient_as_bucket_view=True, **own_buffers)  # type: ignore[arg-type]
@@ -76,6 +82,7 @@ def replicated(module: nn.Module, config: Trained) -> DistributedDataParallel:
 
 
 def exchanges_bf16(config: Trained) -> bool:
+    """Whether gradients are exchanged in bf16 (`optim.bf16_gradients`)."""
     return isinstance(config.optim, Optim) and config.optim.bf16_gradients
 
 
@@ -102,6 +109,7 @@ def shard(module: nn.Module, config: Pretrain, world: World) -> None:
 
 
 def is_sharded(module: nn.Module) -> bool:
+    """Whether the weights are shared among the processes (FSDP2)."""
     return hasattr(module, "set_requires_gradient_sync")
 
 

@@ -18,6 +18,7 @@ def whole(value: Any) -> Any:
 
 
 def whole_state(state: dict[str, Any]) -> dict[str, Tensor]:
+    """Gathers shared tensors; every process must call it."""
     return {name: whole(value) for name, value in state.items()}
 
 

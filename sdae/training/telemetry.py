@@ -27,7 +27,10 @@ def peak_flops(device_type: str, precision: str) -> float:
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     generator = torch.Generator(device).manual_seed(0)
     a, b = (torch.randn(size, size, device=device, generator=generator).to(dtype) for _ in range(2))
-    best = float("inf")
+    best, warm = float("inf"), time.perf_counter() + (0.5 if device.type == "cuda" else 0.0)
+    while time.perf_counter() < warm:  # until the clocks have risen
+        a @ b
+        synchronize(device)
     for _ in range(rounds):
         synchronize(device)
         began = time.perf_counter()
@@ -38,6 +41,7 @@ def peak_flops(device_type: str, precision: str) -> float:
 
 
 def synchronize(device: torch.device) -> None:
+    """Waits for what a GPU has been given; nothing to wait for on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -56,6 +60,7 @@ def peak_memory(device: torch.device) -> int | None:
 
 
 def reset_peak_memory(device: torch.device) -> None:
+    """`peak_memory` counts from here on, where the system allows it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
@@ -65,7 +70,7 @@ def reset_peak_memory(device: torch.device) -> None:
 
 @torch.no_grad()
 def alarms(features: Tensor) -> dict[str, float]:
-    """Collapse alarms over teacher features (rows, tokens, D).
+    """Collapse alarms over the first 4 D tokens of teacher features (rows, tokens, D).
 
     target_std: standard deviation over tokens, averaged over channels; 0 means that all tokens have one target.
     target_rank: effective rank, exp of the entropy of the normalized singular values of centered features.
@@ -87,9 +92,11 @@ class Meter:
         self.reset()
 
     def reset(self) -> None:
+        """The next row begins here."""
         self.images, self.waited, self.began = 0, 0.0, time.perf_counter()
 
     def row(self) -> dict[str, float | int | None]:
+        """images/s, MFU (0 to 1), share of the time that waited, peak memory in bytes, of all since the last row."""
         synchronize(self.device)
         seconds = max(time.perf_counter() - self.began, 1e-9)
         rate = self.images / seconds
@@ -118,6 +125,7 @@ class Board:
             self.writer = SummaryWriter(str(run.path / "tensorboard"))
 
     def add(self, row: dict[str, Any]) -> None:
+        """Writes the numbers of a row at its `step`."""
         if self.writer is not None:
             for name, value in row.items():
                 if isinstance(value, int | float) and name != "step":
@@ -146,6 +154,7 @@ class Pulse:
         self._write()
 
     def tell(self, **status: Any) -> None:
+        """Takes what is known of the run now; it is written with the next beat."""
         self.status.update(status)
         if self.progress and time.monotonic() - self._told > 1.0:
             self._told = time.monotonic()
