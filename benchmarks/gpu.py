@@ -10,11 +10,12 @@ In a checkout that is not installed: PYTHONPATH=. python benchmarks/gpu.py ..
     step    the training step: eager, compiled, CUDA graphs; MAE and folds; what its parts take
     cost    Table 1 at the paper's size, as cost runs in the store
     input   pictures per second from files, with all cores, and over what the step takes
+    changes what each change that makes the step fast is worth by itself
     arms    Table 5, Figures 4(b) and 4(a) of the scale `small`, then more seeds, several runs at once, in the store
 
 A part has its share of the minutes and ends there; running arms save their state first. --out gets NAME.json of each
-part (commit, versions and hardware in it) and the results of the finished runs, no weights. A part that fails is told
-in its file and stops no other.
+part (commit, versions and hardware in it) and in runs.tar the results of the finished runs, no weights. A part that
+fails is told in its file and stops no other; what is whole in --out is not measured again.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
 import threading
 import time
@@ -41,7 +42,15 @@ from sdae.store import Store
 from slurm.local import run_local
 
 HERE = Path(__file__).resolve().parent
-SHARES = {"tests": 0.2, "step": 0.25, "cost": 0.35, "input": 0.1, "arms": 1.0}  # of the minutes; arms: what is left
+SHARES = {
+    "tests": 0.15,
+    "step": 0.3,
+    "cost": 0.3,
+    "input": 0.14,
+    "changes": 0.1,
+    "arms": 1.0,
+}  # of the minutes; arms: what is left
+ONCE = ("tests", "step", "input", "changes")  # the others go on where the store stands
 ARMS = ("table5", "figure4b", "figure4a")
 SEEDS = 5
 LAST_WORDS = 15.0  # seconds that saving a state and writing the results may take
@@ -55,18 +64,21 @@ def main() -> None:
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{options.store.resolve()}-compiled")
     signal.signal(signal.SIGTERM, lambda *_: None)  # a deadline that comes a moment late must not end us
     parts: dict[str, Callable[[argparse.Namespace, float], dict[str, Any]]] = {
-        "tests": tests, "step": step, "cost": cost, "input": feeding, "arms": arms,
+        "tests": tests, "step": step, "cost": cost, "input": feeding, "changes": changes, "arms": arms,
     }  # fmt: skip
     for name in options.only:
+        if name in ONCE and whole(options.out / f"{name}.json"):
+            print(f"{name:6} is in {options.out} already")
+            continue
         started = time.monotonic()
         deadline = min(started + 60 * options.minutes * SHARES[name], end) - LAST_WORDS * (not options.dry)
         try:
             found = parts[name](options, deadline) if deadline > started else {"skipped": "no time is left"}
-        except (UserError, OSError, RuntimeError, subprocess.SubprocessError) as error:
+        except (UserError, OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
             found = {"failed": f"{type(error).__name__}: {error}"}
         found = {"benchmark": f"gpu-{name}", "dry": options.dry, "seconds": time.monotonic() - started, **found}
         write(options.out / f"{name}.json", found | origin())
-        keep_results(Store(options.store), options.out / "runs")
+        keep_results(Store(options.store), options.out / "runs.tar")
         note = found.get("failed") or found.get("skipped") or found.get("summary", "done")
         print(f"{name:6} {found['seconds']:6.1f} s  {note}", flush=True)
     print(f"{time.monotonic() - began:.0f} s in all; everything is in {options.out}")
@@ -76,19 +88,27 @@ def write(path: Path, found: dict[str, Any]) -> None:
     path.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def keep_results(store: Store, folder: Path) -> None:
-    """Of each finished run of the store its result.json, and nothing else."""
-    for identity in store.ids():
-        if store.run(identity).done:
-            (folder / identity).mkdir(parents=True, exist_ok=True)
-            shutil.copy(store.run(identity).path / "result.json", folder / identity)
+def whole(path: Path) -> bool:
+    """Whether a part has been measured to its end."""
+    found = json.loads(path.read_text()) if path.exists() else {"skipped": ""}
+    return not {"failed", "skipped"} & found.keys()
+
+
+def keep_results(store: Store, archive: Path) -> None:
+    """Of each finished run of the store its result.json, and nothing else; in one file, as a lent machine may give back
+    few."""
+    with tarfile.open(archive, "w") as tar:
+        for identity in store.ids():
+            if store.run(identity).done:
+                tar.add(store.run(identity).path / "result.json", f"{identity}/result.json")
 
 
 def command(words: list[Any], deadline: float) -> dict[str, Any]:
     """A Python program in this folder's repository: its exit code and the end of what it said, if in time."""
+    sites = [str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]  # packages may lie there
     process = subprocess.Popen(
         [sys.executable, *map(str, words)], cwd=HERE.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, start_new_session=True, env={**os.environ, "PYTHONPATH": str(HERE.parent)},
+        text=True, start_new_session=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sites)},
     )  # fmt: skip
     try:
         said, _ = process.communicate(timeout=max(deadline - time.monotonic(), 1))
@@ -109,16 +129,24 @@ def command(words: list[Any], deadline: float) -> dict[str, Any]:
 
 
 def tests(options: argparse.Namespace, deadline: float) -> dict[str, Any]:
-    return command(["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/test_gpu.py"], deadline)
+    return command(["-m", "pytest", "-v", "-m", "gpu", "-p", "no:cacheprovider", "tests/test_gpu.py"], deadline)
 
 
 def step(options: argparse.Namespace, deadline: float) -> dict[str, Any]:
     sizes = (
         ["--size", "nano", "--views", "mae,folds", "--repeats", 2, "--cpu"] if options.dry
-        else ["--size", "vit_base", "--precision", "bf16", "--modes", "eager,compiled,graphs", "--batch", 128,
-              "--views", "mae,folds", "--repeats", 7]
+        else ["--size", "vit_base", "--precision", "bf16", "--modes", "graphs,eager", "--batch", 256,
+              "--views", "folds,mae", "--repeats", 7]
     )  # fmt: skip
     return with_json([HERE / "pretrain_step.py", *sizes, "--parts"], deadline)
+
+
+def changes(options: argparse.Namespace, deadline: float) -> dict[str, Any]:
+    sizes = (
+        ["--size", "nano", "--precision", "fp32", "--repeats", 1, "--cpu"] if options.dry
+        else ["--size", "vit_base", "--precision", "bf16", "--repeats", 5]
+    )  # fmt: skip
+    return with_json([HERE / "changes.py", *sizes], deadline)
 
 
 def feeding(options: argparse.Namespace, deadline: float) -> dict[str, Any]:
@@ -127,7 +155,11 @@ def feeding(options: argparse.Namespace, deadline: float) -> dict[str, Any]:
     if not program.exists():
         return {"skipped": "benchmarks/input.py is not here"}
     quick = ["--count", 8, "--repeats", 1, "--variants", "pil,jpeg"]
-    sizes = quick if options.dry else ["--workers", len(os.sched_getaffinity(0))]
+    sizes = (
+        quick
+        if options.dry
+        else ["--workers", len(os.sched_getaffinity(0)), "--repeats", 5, "--variants", "pil,jpeg,shards,raw"]
+    )
     found = with_json([program, *sizes, *(options.input or [])], deadline)
     need = fastest_step(options.out / "step.json")
     if need:  # of SdAE, three folds: what the files must feed
@@ -145,7 +177,7 @@ def fastest_step(file: Path) -> float | None:
 
 
 def with_json(words: list[Any], deadline: float) -> dict[str, Any]:
-    """A benchmark, with what it wrote to its --json."""
+    """A benchmark, with what it wrote to its --json until then, also where its time was up."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "found.json"
         said = command([*words, "--json", file], deadline)
@@ -154,9 +186,14 @@ def with_json(words: list[Any], deadline: float) -> dict[str, Any]:
 
 
 def cost(options: argparse.Namespace, deadline: float) -> dict[str, Any]:
-    """Table 1's rows as runs of the store, one after the other; a run that the deadline cuts off is done again."""
-    sweep = plan(["table1"], scale_of(options, "paper"), cells=["table1.folds.time"] if options.dry else None)
-    return run(sweep, options, deadline) | {"rows": rows(sweep, Store(options.store))}
+    """Table 1's rows as runs of the store, the paper's own first; a run that the deadline cuts off is done again."""
+    scale, found = scale_of(options, "paper"), dict[str, Any]()
+    sweep = plan(["table1"], scale)
+    for cells in (["table1.folds.time"], *([] if options.dry else [None])):
+        found = run(plan(["table1"], scale, cells=cells), options, deadline)
+        if found["left"]:
+            break
+    return found | {"rows": rows(sweep, Store(options.store))}
 
 
 def rows(sweep: Sweep, store: Store) -> list[dict[str, Any]]:
@@ -187,17 +224,20 @@ def arms(options: argparse.Namespace, deadline: float) -> dict[str, Any]:
 
 def run(sweep: Sweep, options: argparse.Namespace, deadline: float) -> dict[str, Any]:
     """What of a sweep is not done, until the deadline; then what runs is asked to save its state."""
-    timer = threading.Timer(max(deadline - time.monotonic(), 0.1), os.kill, (os.getpid(), signal.SIGTERM))
-    timer.start()
+    left = max(deadline - time.monotonic(), 0.1)  # the second signal ends workers that only compile
+    timers = [threading.Timer(left + wait, os.kill, (os.getpid(), signal.SIGTERM)) for wait in (0, LAST_WORDS - 5)]
+    for timer in timers:
+        timer.start()
     try:
         summary = run_local(sweep, Store(options.store), jobs=options.jobs)
     finally:
-        timer.cancel()
-    left = [identity for identity, state in summary.states.items() if state != "done"]
+        for timer in timers:
+            timer.cancel()
+    undone = [identity for identity, state in summary.states.items() if state != "done"]
     failed = {identity: summary.messages.get(identity, "") for identity in summary.having("failed")}
     done = len(summary.having("done"))
     return {
-        "done": done, "left": len(left), "interrupted": summary.interrupted, "troubles": failed,
+        "done": done, "left": len(undone), "interrupted": summary.interrupted, "troubles": failed,
         "summary": f"{done} of {len(summary.states)} runs are done" + (f", {len(failed)} failed" if failed else ""),
     }  # fmt: skip
 

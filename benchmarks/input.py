@@ -36,6 +36,7 @@ from sdae.data.feed import link_sample, make_pictures
 from sdae.data.loader import MEAN, STD
 from sdae.data.packing import prepare
 from sdae.errors import UserError
+from sdae.files import write_atomically
 from sdae.provenance import origin
 from sdae.sections import Data
 
@@ -54,13 +55,16 @@ def main() -> None:
         rates: dict[str, list[float]] = {name: [] for name in pipelines}
         for name, run in pipelines.items():  # warm-up: pages, allocator, kernels
             repeat(run, seconds(name) / 2)
+        rows: list[dict[str, Any]] = []
         for _ in range(options.repeats):
             for name, run in pipelines.items():
                 rates[name].append(repeat(run, seconds(name)))
-        rows = [row(name, rates) for name in rates]
+            rows = [row(name, rates) for name in rates]
+            save(rows, rates, files, options)
         if options.workers > 1:
             together(rows, sections, options)
-        report(rows, rates, files, options)
+            save(rows, rates, files, options)
+        report(rows, files, options.size)
 
 
 def pictures(options: argparse.Namespace, scratch: Path) -> tuple[dict[str, Data], dict[str, Any]]:
@@ -159,12 +163,10 @@ def row(name: str, rates: dict[str, list[float]]) -> dict[str, Any]:
     return found
 
 
-def report(
-    rows: list[dict[str, Any]], rates: dict[str, list[float]], files: dict[str, Any], options: argparse.Namespace
-) -> None:
+def report(rows: list[dict[str, Any]], files: dict[str, Any], size: int) -> None:
     made = "made" if files["made"] else "real"
     shape = " x ".join(map(str, files["median_shape"]))
-    print(f"{files['count']} {made} pictures, {shape}, {files['mean_kb']} kB; to {options.size} px; one thread")
+    print(f"{files['count']} {made} pictures, {shape}, {files['mean_kb']} kB; to {size} px; one thread")
     print(f"{'pipeline':11} {'images/s':>10} {'low':>10} {'high':>10} {'x PIL':>8} {'goal':>6} {'total':>10}")
     for r in rows:
         goal, total = r.get("goal") or "", r.get("total", "")
@@ -172,6 +174,12 @@ def report(
             f"{r['pipeline']:11} {r['images_per_s']:10.1f} {r['low']:10.1f} {r['high']:10.1f} "
             f"{r.get('ratio', 0):8.2f} {goal:>6} {total:>10}"
         )
+
+
+def save(
+    rows: list[dict[str, Any]], rates: dict[str, list[float]], files: dict[str, Any], options: argparse.Namespace
+) -> None:
+    """What is known so far: a program that is killed has not worked in vain."""
     if options.json:
         settings = {k: v for k, v in vars(options).items() if k not in ("json", "pictures")}
         repeats = {name: [round(rate, 2) for rate in found] for name, found in rates.items()}
@@ -183,7 +191,7 @@ def report(
             "settings": settings,
             **origin(),
         }
-        Path(options.json).write_text(json.dumps(values, indent=1) + "\n")
+        write_atomically(Path(options.json), json.dumps(values, indent=1) + "\n")
 
 
 def arguments() -> argparse.Namespace:

@@ -102,6 +102,7 @@ def _works(bench: Bench) -> dict[str, Callable[[], Any]]:
     with autocast(config.precision, bench.device), torch.no_grad():
         encoded = student.encode(student.embed(patches, visible), drop)
     gradients: dict[str, torch.Tensor] = {}
+    own: dict[torch.nn.Parameter, torch.Tensor] = {}  # a CUDA graph's gradients are in memory that the next one takes
 
     def forward(name: str, *inputs: torch.Tensor) -> torch.Tensor:
         begins_step(config)
@@ -116,9 +117,9 @@ def _works(bench: Bench) -> dict[str, Callable[[], Any]]:
         out.backward(gradients[name])  # type: ignore[no-untyped-call]
 
     def optimize() -> None:
-        for parameter in student.parameters():
-            if parameter.requires_grad and parameter.grad is None:
-                parameter.grad = torch.randn_like(parameter)
+        own.update({p: torch.randn_like(p) for p in student.parameters() if p.requires_grad and p not in own})
+        for parameter, gradient in own.items():
+            parameter.grad = gradient
         bench.optimizer.step()
         if isinstance(module, SdAE):
             module.update_teacher(MOMENTUM)

@@ -159,7 +159,7 @@ def main() -> None:
 def compared(view: str, precision: str, options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
     mode = "compiled" if options.compiled else "eager"
     batch = options.batch or SIZES[options.size]["cost"]["batch_size"]
-    config = config_of(Variant(view, mode, precision, batch, "fast"), options)
+    config = config_of(Variant(view, mode, precision, batch), options)
     store = Store("unused")
     session = Session(store, store.run("unused"), World(0, 1, device), Pulse(store.run("unused"), None), Stop())
     steps = {"plain": PlainStep(config, device), "ours": Bench(config, config.method, session)}

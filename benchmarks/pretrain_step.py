@@ -3,22 +3,21 @@
     python benchmarks/pretrain_step.py                     # 32 px, patch 4, width 192, depth 6, decoder 2 x 128
     python benchmarks/pretrain_step.py --size vit_small    # ViT-S/16 at 224 px
     python benchmarks/pretrain_step.py --size vit_base --modes eager,compiled,graphs --batch 96,256 --parts
-    python benchmarks/pretrain_step.py --linear            # the CPU's fast linear layers against nn.Linear
 
 All variants take turns in one process, repeat by repeat; medians and spreads are over the repeats, after a warm-up.
---parts also tells what encoder, decoder, teacher and optimizer take of the step of the last view. Compiled code on a
-CPU is measured where it is asked for; runs there are eager.
+--parts also tells what encoder, decoder, teacher and optimizer take of the step of the folds, else of the last view.
+Compiled code on a CPU is measured where it is asked for; runs there are eager.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gc
 import itertools
 import json
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,8 +25,8 @@ import torch
 from parts import measure_parts
 
 from sdae.config import CostRun, parse
+from sdae.files import write_atomically
 from sdae.models.flops import per_image
-from sdae.models.linear import plain
 from sdae.provenance import origin
 from sdae.stages.cost import Bench, measured
 from sdae.stages.session import Session
@@ -73,7 +72,6 @@ class Variant(NamedTuple):
     mode: str
     precision: str
     batch: int
-    linear: str  # fast | nn.Linear
 
 
 def main() -> None:
@@ -88,50 +86,58 @@ def main() -> None:
         compiler.recompile_limit = INSTANCES
     store = Store("unused")
     session = Session(store, store.run("unused"), World(0, 1, device), Pulse(store.run("unused"), None), Stop())
-    found = measure(options, session)
-    report(found, options, device)
-    if options.json:
-        setting = {k: v for k, v in vars(options).items() if k != "json"}
-        text = json.dumps(
-            {"benchmark": "pretrain_step", "device": device.type, "options": setting, **found, **origin()}
-        )
-        Path(options.json).write_text(json.dumps(json.loads(text), indent=1) + "\n")
+    setting = {k: v for k, v in vars(options).items() if k != "json"}
+    head, tail = {"benchmark": "pretrain_step", "device": device.type, "options": setting}, origin()
+
+    def save(found: dict[str, Any]) -> None:
+        if options.json:
+            write_atomically(Path(options.json), json.dumps({**head, **found, **tail}, indent=1) + "\n")
+
+    report(measure(options, session, save), options, device)
 
 
-def measure(options: argparse.Namespace, session: Session) -> dict[str, Any]:
-    """rows: one a variant, with every repeat; parts: of the last view, one table for each mode, precision and batch."""
+def measure(options: argparse.Namespace, session: Session, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """rows: one a variant, with every repeat; parts: of the folds, else the last view, one table for each mode,
+    precision and batch. What is known is saved after every turn and table: who is killed has not worked in vain."""
     batches = options.batch or [SIZES[options.size]["cost"]["batch_size"]]
-    kinds = ["fast", "nn.Linear"] if options.linear else ["fast"]
-    grid = itertools.product(options.precision, batches, options.modes, options.views, kinds)
-    variants = [Variant(v, m, p, b, k) for p, b, m, v, k in grid]
+    grid = itertools.product(options.precision, batches, options.modes, options.views)
+    variants = [Variant(v, m, p, b) for p, b, m, v in grid]
     first = config_of(variants[0], options)
     measured(first, first.method, session)  # warms the libraries up
     benches: dict[Variant, Bench] = {}
     memory: dict[Variant, int | None] = {}
+    seconds: dict[Variant, list[float]] = {}
+    found: dict[str, Any] = {"rows": []}
     for variant in variants:
         config = config_of(variant, options)
         try:
             benches[variant], memory[variant] = measured(config, config.method, session)
+            seconds[variant] = [benches[variant].repeat()]  # told at once: compiling the next may take too long
+            found["rows"] = [row(v, seconds, benches[v], memory[v]) for v in benches]
+            save(found)
         except torch.OutOfMemoryError:
             print(f"{variant.view} {variant.mode} {variant.precision} {variant.batch}: out of memory", file=sys.stderr)
-    seconds: dict[Variant, list[float]] = {variant: [] for variant in benches}
+    seconds = {variant: [] for variant in benches}
     for _ in range(options.repeats):
         for variant, times in seconds.items():
-            with contextlib.nullcontext() if variant.linear == "fast" else plain():
-                times.append(benches[variant].repeat())
-    rows = [row(variant, seconds, benches[variant], memory[variant]) for variant in benches]
+            times.append(benches[variant].repeat())
+        rows = [row(variant, seconds, benches[variant], memory[variant]) for variant in benches]
+        found["rows"] = rows
+        save(found)
     if not options.parts:
-        return {"rows": rows}
-    wanted = [v for v in benches if v.view == options.views[-1] and v.linear == "fast"]
+        return found
+    view = "folds" if "folds" in options.views else options.views[-1]
+    wanted = [v for v in benches if v.view == view]
     configs = {v: benches[v].config for v in wanted}
     benches.clear()  # one at a time: the parts of a large batch want the memory
-    parts = []
+    found["parts"] = []
     for variant in wanted:
         gc.collect()
         bench = measured(configs[variant], configs[variant].method, session)[0]
-        parts.append({**variant._asdict(), "parts": measure_parts(bench, options.repeats)})
+        found["parts"].append({**variant._asdict(), "parts": measure_parts(bench, options.repeats)})
         del bench
-    return {"rows": rows, "parts": parts}
+        save(found)
+    return found
 
 
 def config_of(variant: Variant, options: argparse.Namespace) -> CostRun:
@@ -178,7 +184,7 @@ def ratios(above: list[float] | None, below: list[float] | None) -> list[float]:
 def report(found: dict[str, Any], options: argparse.Namespace, device: torch.device) -> None:
     print(f"{options.size}, {device}, {torch.get_num_threads()} threads, {options.repeats} repeats")
     print(
-        f"{'view':8} {'mode':9} {'prec':5} {'batch':>5} {'linear':9} {'images/s':>10} {'low':>9} {'high':>9} "
+        f"{'view':8} {'mode':9} {'prec':5} {'batch':>5} {'images/s':>10} {'low':>9} {'high':>9} "
         f"{'over MAE':>9} {'x eager':>8} {'memory':>10} {'MFU':>6}"
     )
     for r in found["rows"]:
@@ -186,7 +192,7 @@ def report(found: dict[str, Any], options: argparse.Namespace, device: torch.dev
         faster = "" if r["speedup"] is None else f"{r['speedup']:.2f}"
         memory = "" if r["memory_mb"] is None else f"{r['memory_mb']:.0f} MB"
         print(
-            f"{r['view']:8} {r['mode']:9} {r['precision']:5} {r['batch']:5} {r['linear']:9} {r['images_per_s']:10.1f} "
+            f"{r['view']:8} {r['mode']:9} {r['precision']:5} {r['batch']:5} {r['images_per_s']:10.1f} "
             f"{r['low']:9.1f} {r['high']:9.1f} {over:>9} {faster:>8} {memory:>10} {r['mfu']:6.3f}"
         )
     for table in found.get("parts", []):
@@ -217,7 +223,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="steps of a repeat")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--linear", action="store_true")
     parser.add_argument("--parts", action="store_true")
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--json", help="also write the rows, versions and hardware to this file")

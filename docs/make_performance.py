@@ -31,9 +31,9 @@ PERFORMANCE, SCALING = ROOT / "docs" / "performance.md", ROOT / "docs" / "scalin
 HEAD = """# Performance
 
 Written by `python docs/make_performance.py` from `results/performance/*.json`; no figure here was typed by hand. Each
-file holds the raw repeats, the commit, the versions and the hardware; variants of one table took turns in one process;
-figures are medians over the repeats. MFU is FLOP by formula (`sdae/models/flops.py`) over the peak that the same
-machine reached in a dense matrix product of the same precision.
+file holds the raw repeats, the commit, the versions and the hardware. Where a section says nothing else, variants of
+one table took turns in one process, and figures are medians over the repeats. MFU is FLOP by formula
+(`sdae/models/flops.py`) over the peak that the same machine reached in a dense matrix product of the same precision.
 
 {gpu}
 
@@ -41,6 +41,7 @@ machine reached in a dense matrix product of the same precision.
 
 ```bash
 python benchmarks/pretrain_step.py --json step.json          # the step: views, eager and compiled, precisions, batches
+python benchmarks/changes.py --json changes.json             # what each change that makes it fast is worth by itself
 python benchmarks/plain.py --json plain.json                 # beside a plain reading of the paper on timm's blocks
 python benchmarks/input.py --workers 2 --json input.json     # pictures a second: PIL, files, packed shards, raw
 python benchmarks/data_wait.py --json data_wait.json         # the share of real steps that waits for pictures
@@ -53,6 +54,25 @@ NO_GPU = (
     "CPUs and says nothing of a GPU. `benchmarks/gpu.py` makes what is missing."
 )
 GPU = "Measured on: {devices}."
+LEGENDS = {
+    "input": """Pictures per second of processor time, one core, from the page cache; `total` is by the clock, of all
+processes at once. `pil` is torchvision's v1 pipeline from the file to the normalized tensor. `jpeg`, `shards` and
+`raw` are what a core does before the device has the batch: read, decode, cut and flip to uint8; raw pictures are only
+copied out of the map, the device cuts them. With `+cpu` the core does everything, down to the normalized floats, as
+`pil` does: those rows compare like with like. `ratio` is that of neighbours in one repeat, to `pil`; `goal` what was
+asked for; `scaling` the total over that of a core times the processes. Made JPEGs of 500 x 375.
+""",
+    "orchestration": """One measurement a row, each store in processes of its own; cold and unchanged reading are the
+best of five.
+""",
+    "changes": """Eager steps of SdAE, three folds, the teacher's update in each; one change undone, the others as they
+are: `ratio` is the step without it over the step with it. `losses`: how far those of 200 steps at a small size lie
+apart with and without, the largest relative difference; 0: the same bits. What compiling and CUDA graphs are worth
+stands with `pretrain_step`.
+""",
+    "data_wait": """Real runs, one after another; median, least and most over the rows of a run's log after the first.
+""",
+}
 WHAT = """
 ## What makes the step fast, and what it may change
 
@@ -65,15 +85,17 @@ WHAT = """
 | oneDNN's product with its bias inside (`sdae/models/linear.py`) | always on CPUs in fp32 | rounding |
 | mask noise and stochastic depth drawn a step ahead, in pinned memory | always on GPUs | none: the same bits |
 | nothing read from the GPU between two rows of the log | always | none |
-| teacher without gradient, its last block and norm for the wanted tokens only | always | none |
-| fused AdamW; the teacher's update in two calls over all weights | always | none |
+| teacher without gradient | always | none |
+| what is embedded, and the last block's MLP and norm, for the wanted tokens only | always | rounding |
+| fused AdamW | always | rounding |
+| the teacher's update in two calls over all weights | always | none: the same bits |
 | activation checkpointing | `efficiency.checkpointing` | none: the same bits |
 | micro-batches, gradients exchanged with the last one | `efficiency.micro_batch` | rounding, 1e-5 |
 | DDP whose exchange overlaps the backward pass | several processes | rounding, 1e-5 |
 | FSDP2, weights and optimizer state shared | `efficiency.fsdp` | rounding, 1e-5; the same files |
 | gradients exchanged in bf16 | `optim.bf16_gradients` | changes them, so it is part of the id |
 
-Rounding is the relative difference of losses over 56 steps that tests allow (`tests/test_speed.py`; on a GPU, where
+Rounding is the relative difference of losses over 200 steps that tests allow (`tests/test_speed.py`; on a GPU, where
 steps are fewer and limits wider, `tests/test_gpu.py`). The attention kernel is measured once, when a run starts, and
 kept when it goes on.
 """
@@ -157,6 +179,8 @@ def section(name: str, values: dict[str, Any]) -> str:
     made += ["changed since" for _ in range(bool(values.get("dirty")))]
     made += [str(where), f"{values.get('cores')} cores", f"torch {packages.get('torch')}"]
     out = [f"\n## {kind}\n", ", ".join(part for part in made if "None" not in part) + ".\n"]
+    if kind in LEGENDS:
+        out.append(LEGENDS[kind])
     if values.get("failed") or values.get("skipped"):
         out.append(f"Not measured: {values.get('failed') or values.get('skipped')}.\n")
     measured = values.get("measured") or values
