@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 PYTHON ?=
 JOBS ?= 2
 
-.PHONY: setup reproduce test trust lint clean
+.PHONY: setup reproduce test trust trust-crash trust-concurrency trust-fuzz trust-mutation trust-soak trust-reconcile \
+	trust-slurm trust-claims lint clean
 
 setup: $(VENV)/.installed
 
@@ -31,19 +32,30 @@ reproduce: setup
 test: setup
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(if $(SLOW),,-m "not slow")
 
-# The long campaigns, outside CI, hours in all: each goes on where it was cut off; docs/make_reliability.py makes the
-# page of what they wrote to results/trust.
-TRUST := results/trust
-trust: setup
-	@mkdir -p $(TRUST)
-	@OMP_NUM_THREADS=1 $(BIN)/python tests/crash_campaign.py --out $(TRUST)/crash.json --every kill power --kills 500
-	@OMP_NUM_THREADS=1 $(BIN)/python tests/concurrency_campaign.py --rounds 1000 --out $(TRUST)/concurrency.json
-	@OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz_campaign.py --minutes 10 --out $(TRUST)/fuzz.json
-	@OMP_NUM_THREADS=1 $(BIN)/python tests/mutation_campaign.py --count 300 --out $(TRUST)/mutation.json
-	@OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --minutes 120 --out $(TRUST)/soak.json
-	@OMP_NUM_THREADS=1 $(BIN)/python tests/test_reconcile.py --schedules 10000
-	@OMP_NUM_THREADS=1 $(BIN)/python tests/test_slurm_real.py --faults 200
-	@OMP_NUM_THREADS=1 $(BIN)/python docs/make_claims.py --universes 2000 --seed $$RANDOM --check
+# The long campaigns, outside CI, hours in all; each is a target of its own. Crash, concurrency, fuzz, mutation and
+# reconcile go on where they were cut off, the others begin anew. What a release tells of is copied to results/trust,
+# and docs/make_reliability.py makes the page of it.
+TRUST ?= trust
+PLAY := @mkdir -p $(TRUST) && OMP_NUM_THREADS=1 $(BIN)/python
+
+trust: trust-crash trust-concurrency trust-fuzz trust-mutation trust-soak trust-reconcile trust-slurm trust-claims
+
+trust-crash: setup
+	$(PLAY) tests/crash_campaign.py --out $(TRUST)/crash.json --every kill power --kills 500
+trust-concurrency: setup
+	$(PLAY) tests/concurrency_campaign.py --rounds 1000 --out $(TRUST)/concurrency.json
+trust-fuzz: setup
+	$(PLAY) tests/fuzz_campaign.py --minutes 10 --out $(TRUST)/fuzz.json
+trust-mutation: setup
+	$(PLAY) tests/mutation_campaign.py --count 300 --out $(TRUST)/mutation.json
+trust-soak: setup
+	$(PLAY) tests/soak.py --minutes 120 --out $(TRUST)/soak.json
+trust-reconcile: setup
+	$(PLAY) tests/test_reconcile.py --schedules 10000
+trust-slurm: setup
+	$(PLAY) tests/test_slurm_real.py --faults 200
+trust-claims: setup
+	$(PLAY) docs/make_claims.py --universes 2000 --seed $$RANDOM --check
 
 lint: setup
 	$(BIN)/ruff check .

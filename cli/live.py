@@ -14,7 +14,7 @@ from rich.live import Live as RichLive
 from rich.table import Table
 from rich.text import Text
 
-from cli.output import note
+from cli.output import note, printable
 
 if TYPE_CHECKING:
     from ablations.planner import Sweep
@@ -80,7 +80,7 @@ class Live:
             running.add_row(identity, feeds[0] if feeds else "", epoch(told), speed(told), self._left(told))
         failed = [
             Text(
-                f"failed: {self._what(i)}: {summary.messages.get(i, '')}",
+                printable(f"failed: {self._what(i)}: {summary.messages.get(i, '')}"),
                 style="red",
                 no_wrap=True,
                 overflow="ellipsis",
@@ -158,8 +158,8 @@ def watched(look: Callable[[], dict[str, Any]], every: float) -> None:
                 table = Table(*columns, box=None)
                 shown = [row for row in rows if row[1] != "done"][: max(5, console.height - 5)]
                 for row in shown:
-                    table.add_row(*("" if cell is None else str(cell).replace("[", r"\[") for cell in row))
-                trouble = [Text(str(document["trouble"]), style="red")] if document["trouble"] else []
+                    table.add_row(*("" if cell is None else printable(str(cell)).replace("[", r"\[") for cell in row))
+                trouble = [Text(printable(str(document["trouble"])), style="red")] if document["trouble"] else []
                 drawn.update(Group(Text(counts, style="bold"), table, *trouble), refresh=True)
             elif counts != before:
                 before = counts

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cli.output import Json, ScaleName, StoreDir, emit, note, table
+from cli.output import Json, ScaleName, StoreDir, emit, note, say, table
 from sdae.errors import UserError
 
 LINE_SECONDS = 5.0  # between two lines of progress in a pipe
@@ -89,7 +89,7 @@ def prepare(
         f"{report['bytes'] / 1e9:,.3f} GB in {report['files']} files"
     )
     for name in report["skipped"]:
-        print(f"left out, cannot be read: {name}")
+        say(f"left out, cannot be read: {name}")
     print(f"use it with data: {{name: packed, path: {out}}}")
 
 
@@ -107,7 +107,7 @@ def verify_(
         emit(report)
     else:
         for damage in report["damaged"]:
-            print(f"{damage['file']}: {damage['problem']}")
+            say(f"{damage['file']}: {damage['problem']}")
         state = f"{len(report['damaged'])} damaged" if report["damaged"] else "all as they were written"
         print(f"{folder}: {report['files']} files, {report['bytes'] / 1e9:,.3f} GB, {state}")
     if report["damaged"]:
@@ -174,16 +174,16 @@ def import_(
     report = import_weights(file, layout.value, out, name)
     if json:
         return emit(report)
-    print(f"{report['source']}: {report['layout']}, sha256 {report['sha256']}")
+    say(f"{report['source']}: {report['layout']}, sha256 {report['sha256']}")
     for which, encoder in report["encoders"].items():
-        print(f"{which}: {encoder['file']}, sha256 {encoder['sha256']}")
+        say(f"{which}: {encoder['file']}, sha256 {encoder['sha256']}")
         facts = [key for key in encoder if key not in ("file", "sha256", "mapped", "filled")]
-        print("  " + ", ".join(f"{key} {encoder[key]}" for key in facts))
+        say("  " + ", ".join(f"{key} {encoder[key]}" for key in facts))
         for rule, count in encoder["mapped"].items():
-            print(f"  {count:4} {rule}")
+            say(f"  {count:4} {rule}")
         for key, why in encoder["filled"].items():
-            print(f"  filled {key}: {why}")
-    print(f"left out, {len(report['left_out'])}: {', '.join(report['left_out']) or 'nothing'}")
+            say(f"  filled {key}: {why}")
+    say(f"left out, {len(report['left_out'])}: {', '.join(report['left_out']) or 'nothing'}")
 
 
 @weights.command("list")
@@ -206,7 +206,7 @@ def _report(report: dict[str, Any], json: bool) -> None:
     if json:
         return emit(report)
     for key, value in report.items():
-        print(f"{key}: {value}")
+        say(f"{key}: {value}")
 
 
 def doctor(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -77,18 +78,33 @@ def _folders(root: Path) -> list[Path]:
         return sorted(Path(entry.path) for entry in entries if entry.is_dir() and not entry.name.startswith("."))
 
 
+MOVES = re.compile(r"(?!\r\n)[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
 def printable(text: str) -> str:
     """One line without what moves a cursor or cannot be encoded: names come from files of others."""
-    flat = " ".join(text.splitlines())
+    flat = " ".join(text.expandtabs().splitlines())
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in flat)
 
 
+def tell(text: str) -> None:
+    """A whole text on stdout, its lines and columns as they are, without what moves a cursor in what others named."""
+    print(MOVES.sub(lambda found: found[0].encode("unicode_escape").decode(), text.rstrip("\n")))
+
+
+def say(text: str) -> None:
+    """One line on stdout, with what others have named in it."""
+    print(printable(text))
+
+
 def note(text: str) -> None:
-    print(text, file=sys.stderr)
+    """One line on stderr, likewise."""
+    print(printable(text), file=sys.stderr)
 
 
 def table(columns: list[str], rows: list[list[Any]], title: str | None = None) -> None:
     """Rows on stdout: a rich table on a terminal, columns with spaces between them in a pipe."""
+    columns = [printable(column) for column in columns]
     texts = [["" if cell is None else printable(str(cell)) for cell in row] for row in rows]
     if sys.stdout.isatty():
         from rich.console import Console

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from cli.output import Json, Names, ScaleName, StoreDir, emit, note, parse_seeds
+from cli.output import Json, Names, ScaleName, StoreDir, emit, note, parse_seeds, tell
 from cli.output import table as table_of
 
 app = typer.Typer(help="The paper's tables and figures, from the store.", no_args_is_help=True)
@@ -43,7 +43,7 @@ def table(
 
     full = f"table{name}" if name.isdigit() else name
     built = build(Store(store), full, scale, parse_seeds(seeds) if seeds else None)
-    print(render(built, "json" if json else format.value).rstrip("\n"))
+    tell(render(built, "json" if json else format.value))
 
 
 @app.command()
@@ -76,7 +76,7 @@ def figure(
         documents = [panel.to_dict() for panel in panels]
         return emit(documents if full == "figure4" else documents[0])
     assert format is not None
-    print("\n\n".join(render(panel, format.value).rstrip("\n") for panel in panels))
+    tell("\n\n".join(render(panel, format.value).rstrip("\n") for panel in panels))
 
 
 @app.command()
@@ -98,7 +98,7 @@ def claims(
     if json or format is Format.json:
         return emit(entries)
     if format is not None:
-        return print(render(entries, measured, format.value).rstrip("\n"))
+        return tell(render(entries, measured, format.value))
     order = ["contradicted", "supported", "undecided"]
     rows = [[e["verdict"], e["claim"], found(e), e["target"], e["needs"]] for e in entries]
     rows.sort(key=lambda row: order.index(row[0]))
@@ -146,7 +146,7 @@ def explain(
     from sdae.store import Store
 
     found = explain_cell(Store(store), cell, artifact, scale, parse_seeds(seeds) if seeds else None)
-    emit(found) if json else print(text(found), end="")
+    emit(found) if json else tell(text(found))
 
 
 @app.command()
@@ -168,7 +168,7 @@ def diff(
     chosen = parse_seeds(seeds) if seeds else None
     before, after = (side(one, Store(store), artifact or (), scale, chosen) for one in (a, b))
     found = compare(before, after, judge_study(before), judge_study(after))
-    emit(found) if json else print(text(found), end="")
+    emit(found) if json else tell(text(found))
 
 
 @app.command()

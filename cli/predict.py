@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cli.output import Json, StoreDir, emit
+from cli.output import Json, StoreDir, emit, say
 
 
 def predict(
@@ -26,7 +26,7 @@ def predict(
     if json:
         return emit(found)
     for entry in found:
-        print(f"{entry['picture']} -> {entry['drawn']}: {said(entry)}")
+        say(f"{entry['picture']} -> {entry['drawn']}: {said(entry)}")
 
 
 def said(entry: dict[str, object]) -> str:

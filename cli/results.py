@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.output import Json, ScaleName, StoreDir, emit, existing, note, parse_seeds, table, told_synthetic
+from cli.output import Json, ScaleName, StoreDir, emit, existing, note, parse_seeds, say, table, told_synthetic
 from sdae.errors import UserError
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def check(
     else:
         told_synthetic(folder)
         for line in lines(report["findings"]):
-            print(line)
+            say(line)
         counts = ", ".join(f"{n} {kind}" for kind, n in report["counts"].items() if n) or "nothing wrong"
         print(f"{store}: {report['runs']} runs, store format {report['format']}: {counts}")
     if open_:

@@ -22,6 +22,8 @@ from cli.output import (
     emit,
     note,
     parse_seeds,
+    printable,
+    say,
     table,
     told_synthetic,
 )
@@ -46,6 +48,7 @@ On = Annotated[Place, typer.Option("--on", help="Where to run.")]
 ProfileFile = Annotated[Path | None, typer.Option("--profile", help="What jobs ask Slurm for, YAML.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, each sbatch text, and do nothing.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+AnySeeds = Annotated[str | None, typer.Option("--seeds", help="Seeds, e.g. 0,1,2; none: all handed to Slurm, else 0.")]
 AnyScale = Annotated[str | None, typer.Option("--scale", help="A scale; none: what this store handed to Slurm.")]
 Grace = Annotated[float, typer.Option("--grace", min=0, help="Seconds without a sign of life before a run is lost.")]
 GRACE = 300.0
@@ -132,16 +135,19 @@ def submit(
 
     planned = make(artifacts or (), scale, parse_seeds(seeds), data_path=data)
     planned = _affordable(planned, Store(store), max_gpu_hours, fit)
+    _fits(on, profile, jobs)
     if on is Place.slurm:
         return _on_slurm(planned, Store(store), profile, dry_run, json, failed=False)
-    _no_profile(profile)
     if dry_run:
         return _tell_plan(planned, store, json)
     _run(planned, Store(store), jobs, json, retry=False)
 
 
-def _no_profile(profile: Path | None) -> None:
-    if profile is not None:
+def _fits(on: Place, profile: Path | None, jobs: int | None) -> None:
+    """Raises UserError for an option that means nothing at this place."""
+    if on is Place.slurm and jobs is not None:
+        raise UserError(f"--jobs {jobs}: only on this machine (on Slurm the profile's array_parallelism says it)")
+    if on is Place.local and profile is not None:
         raise UserError(f"--profile {profile}: only with --on slurm (without it runs go on this machine)")
 
 
@@ -189,14 +195,15 @@ def retry(
     from slurm.local import failed_part
 
     planned, folder = make(artifacts or (), scale, parse_seeds(seeds), data_path=data), Store(store)
+    _fits(on, profile, jobs)
     if on is Place.slurm:
         return _on_slurm(planned, folder, profile, dry_run, json, failed=True)
-    _no_profile(profile)
     planned = failed_part(planned, folder)
     runs = ", ".join(planned.runs)
     note(f"to run again, with what waits for them: {runs}" if runs else "nothing has failed")
-    if not dry_run:
-        _run(planned, folder, jobs, json, retry=True)
+    if dry_run:
+        return _tell_plan(planned, store, json)
+    _run(planned, folder, jobs, json, retry=True)
 
 
 def _run(planned: Sweep, store: Store, jobs: int | None, json: bool, retry: bool) -> None:
@@ -215,12 +222,14 @@ def _run(planned: Sweep, store: Store, jobs: int | None, json: bool, retry: bool
 def _on_slurm(planned: Sweep, store: Store, profile: Path | None, dry_run: bool, json: bool, failed: bool) -> None:
     from ablations.cost import forecast, total_gpu_hours
     from slurm.local import check_pictures, failed_part
+    from slurm.look import survey
     from slurm.sweep import hand_over, look, preview, profile_of
 
     asked = profile_of(store, profile)
     if failed:
-        look(list(planned.runs.values()), store)  # what Slurm knows of lost runs is written down first
-        planned = failed_part(planned, store)
+        runs = list(planned.runs.values())
+        found = survey(runs, store) if dry_run else look(runs, store)  # which writes down what Slurm knows of lost runs
+        planned = failed_part(planned, store, found.having("failed", "lost"))
         note(f"to run again, with what waits for them: {', '.join(planned.runs) or 'nothing'}")
     runs = list(planned.runs.values())
     if dry_run:
@@ -280,7 +289,7 @@ def _tell(outcome: Outcome, dry_run: bool, json: bool, **facts: Any) -> None:
 def heal(
     artifacts: Names = None,
     scale: AnyScale = None,
-    seeds: Seeds = "0",
+    seeds: AnySeeds = None,
     store: StoreDir = Path("runs"),
     profile: ProfileFile = None,
     data: DataDir = None,
@@ -289,7 +298,7 @@ def heal(
 ) -> None:
     """Put right what Slurm lost: adopt, release, end what waits in vain, submit lost runs again. For cron, too."""
     from sdae.store import Store
-    from slurm.look import last_submission, wanted
+    from slurm.look import last_submission, recorded, wanted
     from slurm.sweep import hand_over, profile_of
 
     folder = Store(store)
@@ -297,22 +306,31 @@ def heal(
     if last is None:
         note(f"{store}: nothing was handed to Slurm")
         return emit({}) if json else None
-    runs = wanted(_runs(artifacts, scale, seeds, folder, data), folder)
+    held = {run.id for run in recorded(folder)}
+    if not held:
+        note(f"{store}: nothing to put right: no run in {folder.root / '.slurm/runs'} (a copy without its links?)")
+        return emit({}) if json else None
+    runs = [run for run in wanted(_runs(artifacts, scale, seeds, folder, data), folder) if run.id in held]
     _tell(hand_over(runs, folder, profile_of(folder, profile), scale or last.scale, grace=grace), False, json)
 
 
 def _runs(
-    artifacts: list[str] | None, scale: str | None, seeds: str, store: Store, data: str | None
+    artifacts: list[str] | None, scale: str | None, seeds: str | None, store: Store, data: str | None
 ) -> list[PlannedRun]:
     """The runs of a sweep; where none is named, those that this store handed to Slurm, if any."""
     from ablations.planner import plan as make
     from slurm.look import last_submission, recorded
 
-    if not artifacts and scale is None and (runs := recorded(store)):
-        return runs
+    asked, runs = None if seeds is None else parse_seeds(seeds), recorded(store)
+    if not artifacts and scale is None and runs:
+        if data is not None:
+            raise UserError("--data: wants artifacts or a --scale: runs that were handed to Slurm have their pictures")
+        return [run for run in runs if asked is None or run.config.seed in asked]
+    if asked is None:
+        asked = sorted({run.config.seed for run in runs}) or [0]
     last = last_submission(store) if scale is None else None
     scale = scale or (last.scale if last else "smoke")
-    planned = make(artifacts or (), scale, parse_seeds(seeds), data_path=data, content=store.fingerprint)
+    planned = make(artifacts or (), scale, asked, data_path=data, content=store.fingerprint)
     return list(planned.runs.values())
 
 
@@ -320,7 +338,7 @@ def _runs(
 def cancel(
     artifacts: Names = None,
     scale: AnyScale = None,
-    seeds: Seeds = "0",
+    seeds: AnySeeds = None,
     store: StoreDir = Path("runs"),
     data: DataDir = None,
     yes: Yes = False,
@@ -348,7 +366,7 @@ def cancel(
 def status(
     artifacts: Names = None,
     scale: AnyScale = None,
-    seeds: Seeds = "0",
+    seeds: AnySeeds = None,
     store: StoreDir = Path("runs"),
     data: DataDir = None,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Look again and again, until all have ended.")] = False,
@@ -363,13 +381,15 @@ def status(
     from slurm.status import status as describe
     from slurm.sweep import look
 
+    if watch and json:
+        raise UserError("--watch: not with --json, which is one document (call it again)")
     folder = Store(store)
     runs = _runs(artifacts, scale, seeds, folder, data)
 
     def document() -> dict[str, Any]:
         return describe(runs, look(runs, folder, grace=grace))
 
-    if watch and not json:
+    if watch:
         return watched(document, every)
     found = document()
     if json:
@@ -384,8 +404,10 @@ def _tell_status(document: dict[str, Any]) -> None:
     table(*status_rows(document))
     for row in document["runs"]:
         if row["state"] in ("failed", "lost"):
-            print(f"{row['id']}: {row['state']}: {row['failure']['class']}: {row['failure']['message']}")
-            print("".join(f"    {line}\n" for line in row["last_lines"]), end="")
+            failure = row["failure"]
+            say(f"{row['id']}: {row['state']}: {failure.get('class')}: {failure.get('message')}")
+            for line in row["last_lines"]:
+                say(f"    {line}")
     print(", ".join(f"{count} {state}" for state, count in document["counts"].items()))
     if document["trouble"]:
         note(f"warning: {document['trouble']}")
@@ -405,8 +427,9 @@ def logs(
 
     run = find(Store(store), identity)
     size = run.log.stat().st_size if run.log.exists() else 0
-    print("".join(f"{line}\n" for line in tail(log_of(Store(store), run.id), lines)), end="")
+    for line in tail(log_of(Store(store), run.id), lines):
+        say(line)
     if follow:
         with contextlib.suppress(KeyboardInterrupt):
             for text in followed(run, size, time.sleep, queued(Store(store), run.id)):
-                print(text, end="", flush=True)
+                print("\n".join(map(printable, text.split("\n"))), end="", flush=True)

@@ -36,11 +36,11 @@ def call(*words: object) -> Called:
     return Called(code, out.getvalue(), err.getvalue())
 
 
-def spawn(*words: object, cwd: Path | None = None, **environment: str) -> Called:
+def spawn(*words: object, cwd: Path | None = None, timeout: float = 600, **environment: str) -> Called:
     """sdae-cli as its users start it."""
     done = subprocess.run(
         [sys.executable, "-m", "cli.main", *map(str, words)],
-        capture_output=True, text=True, timeout=120, cwd=cwd or ROOT,
+        capture_output=True, text=True, timeout=timeout, cwd=cwd or ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
     )  # fmt: skip
     return Called(done.returncode, done.stdout, done.stderr)

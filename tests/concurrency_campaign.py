@@ -72,7 +72,7 @@ def play(seed: str, whole: Sweep, keep: bool = False) -> tuple[Counter[str], str
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=1000)
-    parser.add_argument("--seed", help="else that of FILE, or 0")
+    parser.add_argument("--seed", help="else that of FILE, or any")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="no round begins later")
     parser.add_argument("--round", help="only this one, and keep its folder")
@@ -91,10 +91,11 @@ def main() -> int:
 
 
 def campaign(options: argparse.Namespace, whole: Sweep) -> int:
-    report: dict[str, Any] = {"seed": options.seed or "0", "rounds": 0, "seconds": 0.0, "counts": {}, "failures": []}
+    seed = options.seed or str(random.randrange(2**32))
+    report: dict[str, Any] = {"seed": seed, "rounds": 0, "seconds": 0.0, "counts": {}, "failures": []}
     if options.out and options.out.exists():
         report = json.loads(options.out.read_text())
-    end = time.monotonic() + options.seconds
+    end, known = time.monotonic() + options.seconds, report["rounds"]
     while report["rounds"] < options.rounds and (began := time.monotonic()) < end:
         number = report["rounds"]
         counts, wrong = play(f"{report['seed']} {number}", whole)
@@ -106,10 +107,11 @@ def campaign(options: argparse.Namespace, whole: Sweep) -> int:
             print(f"round {number} of seed {report['seed']}: {wrong}", file=sys.stderr)
         if options.out:
             write_atomically(options.out, json.dumps(report, indent=1) + "\n")
-    if options.out:
+    if options.out and report["rounds"] > known:
         write_atomically(options.out, json.dumps(report | provenance.origin(), indent=1) + "\n")
     seconds = report["seconds"] / max(1, report["rounds"])
     print(
+        f"seed {report['seed']}: "
         f"{report['rounds']} rounds of {ACTORS} processes, {seconds:.2f} s each; {report['counts'].get('finished', 0)} "
         f"runs finished, {report['counts'].get('killed', 0)} processes killed; {len(report['failures'])} rounds wrong"
     )

@@ -14,12 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from sdae.config import Config, parse
 from sdae.data.fingerprint import resolve
 from sdae.yamls import merge
 
 pytest_plugins = ("slurm_cluster",)
+
+if settings.get_current_profile_name() == "default":  # else CI's, or that of the mutation campaign
+    settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("suite")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 DECODER = {"decoder_depth": 1, "decoder_dim": 16, "decoder_heads": 2}

@@ -37,13 +37,15 @@ Reader = Callable[[Path], Any]
 
 
 class Target(NamedTuple):
-    """A reader; name: of the file it reads, in its folder; seeds: good contents; home: what lies around the file."""
+    """A reader; name: of the file it reads, in its folder; seeds: good contents; home: what lies around the file; size:
+    inputs of a child."""
 
     read: Reader
     name: str
     seeds: list[bytes]
     home: Path | None = None
     kind: str = "bytes"  # or json, yaml, safetensors
+    size: int = BATCH
 
 
 class Result(NamedTuple):
@@ -161,6 +163,22 @@ def targets(good: Path) -> dict[str, Target]:
     def below(file: Path, base: Path) -> str:
         return str(file.relative_to(base))
 
+    (failed, whole), records = recorded_sweep(good / "sweep")
+
+    def commanded(store: Path) -> None:
+        for words in (
+            "sweep status table5", "sweep status table5 --json", "results check --deep", "results list",
+            f"results show {whole}", f"results show {failed} --json", f"results compare {whole} {failed}",
+            "results prune --dry-run", "paper table table5 --format json", "paper explain table5.masked.top1",
+            f"sweep logs {failed}",
+        ):  # fmt: skip
+            command(*words.split(), "--store", str(store))
+
+    def told(name: str) -> Target:
+        kind = "json" if name.endswith("json") else "yaml" if name.endswith("yaml") else "bytes"
+        depth = len(Path(name).parts) - 1
+        return Target(lambda file: commanded(file.parents[depth]), name, [records[name]], good / "sweep", kind, 4)
+
     def in_store(name: str, kind: str) -> Target:
         return Target(look, f"{run.name}/{name}", [(run / name).read_bytes()], store, kind)
 
@@ -193,7 +211,64 @@ def targets(good: Path) -> dict[str, Target]:
         "safetensors": Target(weights, "x.safetensors", [encoder], kind="safetensors"),
         "released": Target(weights, "x.pth", [released]),
         "golden": Target(replay, "x.safetensors", [golden], kind="safetensors"),
+        **{f"told of {Path(name).name}": told(name) for name in records},
     }  # fmt: skip
+
+
+def recorded_sweep(root: Path) -> tuple[tuple[str, str], dict[str, bytes]]:
+    """A store with a sweep, one run of it failed and one with its state saved: (the failed run, one that is done), and
+    of each kind of record a name and its content."""
+    import synthetic
+
+    from ablations.planner import plan
+    from sdae.config import dump
+    from sdae.store import Store
+
+    sweep, store = plan(["table5"], "smoke"), Store(root)
+    runs = [run for run in sweep.runs.values() if run.config.stage == "pretrain"]
+    failed, done = runs[0].id, runs[1].id
+    records = {
+        f"{failed}/config.yaml": yaml.safe_dump(dump(runs[0].config), sort_keys=False),
+        f"{failed}/failure.json": json.dumps(
+            {"class": "OutOfMemory", "message": "no room", "attempt": 2, "time": 1.7e9, "submission": None}
+        ),
+        f"{failed}/heartbeat.json": json.dumps(
+            {"time": 1.7e9, "epoch": 1.5, "epochs": 3, "step": 6, "steps": 12, "images_per_s": 99.5}
+        ),
+        f"{failed}/metrics.jsonl": '{"step": 3, "epoch": 0.75, "loss": 0.5}\n{"step": 6, "epoch": 1.5, "loss": 0.4}\n',
+        f"{failed}/attempts.jsonl": '{"event": "began", "time": 1.7e9, "token": "abc"}\n',
+        f"{failed}/claim.json": json.dumps({"host": "other", "pid": 7, "started": "9", "time": 1.7e9, "token": "abc"}),
+        f"{failed}/log.txt": "a line\nand another\n",
+        f"{failed}/checkpoints/state-00000006.sha256.json": json.dumps({"sha256": "0" * 64}),
+        f"{done}/provenance.json": json.dumps({"commit": "c0ffee", "dirty": False, "packages": {"torch": "2.11"}}),
+        f"{done}/pruned.json": json.dumps({"student-epoch-0001.safetensors": 7}),
+    }  # fmt: skip
+    if not root.exists():
+        synthetic.fill(store, sweep, synthetic=False)
+        shutil.rmtree(root / failed)
+        for name, content in records.items():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_text(content)
+        (root / failed / "checkpoints/state-00000006.safetensors").write_bytes(b"x")
+    records[f"{done}/result.json"] = (root / done / "result.json").read_text()
+    return (failed, done), {name: content.encode() for name, content in records.items()}
+
+
+def command(*words: str) -> None:
+    """A command in this process: it may end as it likes, but not with a traceback, nor write what moves a cursor."""
+    from cli.main import main
+
+    sys.argv = ["sdae-cli", *words]
+    texts, code = (io.StringIO(), io.StringIO()), None
+    with contextlib.redirect_stdout(texts[0]), contextlib.redirect_stderr(texts[1]):
+        try:
+            main()
+        except SystemExit as ended:
+            code = ended.code
+    assert code in (0, 1, 2), f"{words}: ended with {code}"
+    for text in texts:
+        text.getvalue().encode()  # a UnicodeEncodeError where no terminal takes it
+        assert "\x1b" not in text.getvalue(), f"{words}: {text.getvalue()!r}"
 
 
 # Changes
@@ -318,7 +393,7 @@ def batch(target: Target, inputs: list[bytes], folder: Path) -> Result:
         refused, failures = 0, []
         for number, content in enumerate(chosen):
             file.write_bytes(content)
-            began = time.monotonic()
+            began = time.process_time()
             try:
                 target.read(file)
             except allowed as error:
@@ -331,7 +406,7 @@ def batch(target: Target, inputs: list[bytes], folder: Path) -> Result:
                     place = place.tb_next
                 where = f"{Path(place.tb_frame.f_code.co_filename).name}:{place.tb_lineno}" if place else "?"
                 failures.append((number, f"{type(error).__name__} in {where}: {str(error)[:300]}"))
-            if (spent := time.monotonic() - began) > SECONDS:
+            if (spent := time.process_time() - began) > SECONDS:
                 failures.append((number, f"took {spent:.1f} s"))
         return refused, failures
 
@@ -349,7 +424,7 @@ def batch(target: Target, inputs: list[bytes], folder: Path) -> Result:
 def one_round(name: str, target: Target, seed: int, number: int, folder: Path, size: int = BATCH) -> dict[str, Any]:
     """The counts of a batch of inputs, and its failures with what brings them back."""
     draw = random.Random(f"{seed} {name} {number}")
-    inputs = [mutated(target, draw) for _ in range(size)]
+    inputs = [mutated(target, draw) for _ in range(min(size, target.size))]
     result = batch(target, inputs, folder)
     failures = [
         {
@@ -411,7 +486,7 @@ def guide(name: str, good: Path, words: list[str]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--seed", type=int, help="else that of FILE, or 0")
+    parser.add_argument("--seed", type=int, help="else that of FILE, or any")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--only", nargs="*", default=[], help="names of targets")
     parser.add_argument("--no-atheris", action="store_true")
@@ -425,13 +500,16 @@ def main() -> int:
     from sdae.files import to_json, write_atomically
     from sdae.provenance import origin
 
-    report: dict[str, Any] = {"seed": asked.seed or 0, "seconds": 0.0, "targets": {}, "failures": []}
+    seed = random.randrange(2**32) if asked.seed is None else asked.seed
+    report: dict[str, Any] = {"seed": seed, "seconds": 0.0, "targets": {}, "failures": []}
     if asked.out and asked.out.exists():
         report |= json.loads(asked.out.read_text())
         if asked.seed not in (None, report["seed"]):
             parser.error(f"--seed {asked.seed}: {asked.out} goes on with {report['seed']}; name another file")
     seed = report["seed"]
-    report |= {"origin": origin(), "atheris": not asked.no_atheris and importlib.util.find_spec("atheris") is not None}
+    atheris = not asked.no_atheris and importlib.util.find_spec("atheris") is not None
+    if report["seconds"] < 60 * asked.minutes:
+        report["origin"] = origin()
     with tempfile.TemporaryDirectory(prefix="sdae-fuzz-") as name:
         good = makers.good(Path(name) / "good")
         every = {n: t for n, t in targets(good).items() if not asked.only or n in asked.only}
@@ -445,7 +523,7 @@ def main() -> int:
             made = one_round(target_name, every[target_name], seed, number, folder)
             report["failures"] += made.pop("failures")
             known.update(made)
-            if report["atheris"] and number % GUIDED == GUIDED - 1:
+            if atheris and number % GUIDED == GUIDED - 1:
                 seconds = max(5, round(GUIDED * (time.monotonic() - began)))
                 made = guided(target_name, every[target_name], seconds, seed + number, folder)
                 report["failures"] += made["failures"]

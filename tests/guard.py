@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
 import pickle
 import re
@@ -17,7 +18,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-SECONDS = 5.0
+SECONDS = 5.0  # of processor time: of others on the machine one cannot tell a hang
+PATIENCE = 12  # times as long by the clock, and whoever waits for something is taken to hang
 MEMORY = 1 << 30  # bytes more than there were
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 CHANGES = {
@@ -83,7 +85,8 @@ def tree(*folders: Path) -> dict[str, str]:
 
 
 class Outcome(NamedTuple):
-    """What a call in a child came to. problem: None, or why it must not be so; value: what it returned."""
+    """What a call in a child came to. problem: None, or why it must not be so; value: what it returned; seconds: of
+    processor time."""
 
     problem: str | None
     value: Any
@@ -94,7 +97,8 @@ def confined(
     function: Callable[[], Any], *allowed: Path, seconds: float = SECONDS, memory: int = MEMORY,
     refusals: tuple[type[Exception], ...] = (),
 ) -> Outcome:  # fmt: skip
-    """`function()` in a fork of this process, which may take so long and so much more memory, and write in `allowed`.
+    """`function()` in a fork of this process, which may take so much processor time, so much more memory, and write in
+    `allowed`.
 
     An exception of `refusals` is an answer like any other, its text the value; it must be one line.
     """
@@ -105,11 +109,12 @@ def confined(
         os.close(reader)
         code = 1
         with contextlib.suppress(BaseException):
+            resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(seconds), math.ceil(seconds) + 1))
             _serve(function, allowed, memory, refusals, writer)
             code = 0
         os._exit(code)
     os.close(writer)
-    received, end = b"", began + seconds
+    received, end = b"", began + PATIENCE * seconds
     with open(reader, "rb", buffering=0) as pipe:
         while (left := end - time.monotonic()) > 0 and select.select([pipe], [], [], left)[0]:
             if not (part := pipe.read(1 << 20)):
@@ -117,12 +122,12 @@ def confined(
             received += part
         else:
             os.kill(child, signal.SIGKILL)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    spent = time.monotonic() - began
-    if spent >= seconds:
-        return Outcome(f"took more than {seconds:g} s", None, spent)
+    _, status, usage = os.wait4(child, 0)
+    spent, waited = usage.ru_utime + usage.ru_stime, time.monotonic() >= end
+    if spent >= seconds or waited:
+        return Outcome(f"took more than {PATIENCE * seconds if waited else seconds:g} s", None, spent)
     if not received:
-        return Outcome(f"the process ended with {status}", None, spent)
+        return Outcome(f"the process ended with {os.waitstatus_to_exitcode(status)}", None, spent)
     return Outcome(*pickle.loads(received), spent)
 
 

@@ -15,6 +15,7 @@ that of the uncommitted changes.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import os
@@ -24,6 +25,7 @@ import signal
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -41,7 +43,7 @@ from sdae import provenance
 from sdae.errors import Interrupted
 from sdae.files import write_atomically
 from sdae.store import Store
-from slurm.local import Summary, run_local
+from slurm.local import run_local
 
 WORKERS = 8  # turns between two with the local runner
 REPORTS = 3  # turns between two reports
@@ -124,22 +126,30 @@ class Soak:
 
     def by_workers(self, sweep: Sweep) -> None:
         """By the local runner. Its worker is killed once; then the command is given again."""
-        alive = [True]
+        over = threading.Event()
 
-        def strike(summary: Summary) -> None:
-            for identity in summary.having("running"):
-                claim = self.store.run(identity).claimed()
-                if alive and claim:
-                    os.kill(claim["pid"], signal.SIGKILL)
-                    alive.clear()
-                    self.faults["worker killed"] += 1
+        def strike() -> None:  # not in `on_update`: a run may begin and end between two of the runner's looks
+            while not over.wait(0.01):
+                for identity in sweep.runs:
+                    claim = self.store.run(identity).claimed()
+                    with contextlib.suppress(ProcessLookupError):
+                        if claim:
+                            os.kill(claim["pid"], signal.SIGKILL)
+                            self.faults["worker killed"] += 1
+                            return
 
-        for retry in (False, True, True):
-            summary = run_local(sweep, self.store, jobs=1, on_update=strike, retry=retry)
-            if summary.ok:
-                break
-        else:
-            self.wrong.append(f"turn {len(self.turns)}: {summary.messages}")
+        striker = threading.Thread(target=strike)
+        striker.start()
+        try:
+            for retry in (False, True, True):
+                summary = run_local(sweep, self.store, jobs=1, retry=retry)
+                if summary.ok:
+                    break
+            else:
+                self.wrong.append(f"turn {len(self.turns)}: {summary.messages}")
+        finally:
+            over.set()
+            striker.join()
         for run in sweep.runs.values():
             self.check(run)
 
@@ -240,7 +250,7 @@ def slope(xs: Sequence[float], ys: Sequence[float]) -> float:
 def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--minutes", type=float, default=120.0)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=random.randrange(2**32))
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(words)
     over: list[int] = []
@@ -263,6 +273,7 @@ def main(words: Sequence[str] | None = None) -> int:
         write_atomically(options.out, json.dumps(document, indent=1) + "\n")
     fits = document["per_10_turns"]
     print(
+        f"seed {options.seed}: "
         f"{document['turns']} turns in {document['seconds'] / 60:.1f} minutes, {sum(document['runs'].values())} runs, "
         f"{sum(document['faults'].values())} faults; in 10 turns {document['memory_mib_per_10_turns']:+.3f} MiB and "
         f"{fits['descriptors']:+.2f} descriptors; the store is {document['store_of_predicted']:.2%} of what was "

@@ -19,7 +19,7 @@ import pytest
 import yaml
 from bad import makers
 from calling import ROOT, Called, call
-from guard import SECONDS, tree, watched
+from guard import PATIENCE, SECONDS, tree, watched
 
 CORPUS = sorted((Path(__file__).parent / "bad").glob("*.yaml"))
 NAMES = {
@@ -50,6 +50,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     picture = root / "pictures" / "val" / "ant" / "0.png"
     assert call("predict", store.name, picture, "--store", root / "store", "--out", root / "out").code == 0
     assert call("parity", makers.GOLDEN).code == 0
+    assert call("paper", "figure", "none").code == 2
     return root
 
 
@@ -139,12 +140,14 @@ def tried(case: dict[str, Any], folder: Path, good: Path, patch: pytest.MonkeyPa
         patch.setenv(name, value)
     _prepare(case, folder, good)
     before = tree(folder)
-    began = time.monotonic()
+    began, clock = time.process_time(), time.monotonic()
     with watched(folder) as written:
         called = call(*shlex.split(text_of(case["command"])))
     wrong = [f"wrote or started {what}" for what in written[:3]]
-    if (seconds := time.monotonic() - began) > SECONDS:
+    if (seconds := time.process_time() - began) > SECONDS:
         wrong.append(f"took {seconds:.1f} s")
+    if time.monotonic() - clock > PATIENCE * SECONDS:
+        wrong.append("hung")
     after = tree(folder)
     ours = ("home", *case.get("outside", "").split(), *(["store"] if case.get("recorded") else []))
     changed = sorted(

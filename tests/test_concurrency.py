@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 SEED = os.environ.get("SDAE_SEED", "0")  # the same rounds each time; `make trust` plays others
 
 
-def python(*words: str, timeout: float = 200) -> subprocess.CompletedProcess[str]:
+def python(*words: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
     """A process of its own: the campaign's torch is a fake."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *words]
@@ -47,8 +47,8 @@ def test_whatever_eight_processes_do_each_run_is_done_once(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_half_a_minute_of_rounds(tmp_path: Path) -> None:
-    report = campaign(tmp_path / "report.json", "--rounds", "1000", "--seconds", "30")
+def test_twenty_rounds(tmp_path: Path) -> None:
+    report = campaign(tmp_path / "report.json", "--rounds", "20")
     assert report["counts"].keys() >= {"killed", "rounds over NFS", "rounds on one machine", "commands again"}
 
 

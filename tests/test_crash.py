@@ -177,14 +177,14 @@ def test_a_fault_at_some_operation_of_a_submission(fault: str, yard: Yard) -> No
 
 @needs_layer
 @pytest.mark.slow
-def test_a_minute_of_the_campaign(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ("--out", tmp_path / "crash.json", "--kills", 10**6, "--seconds", 60, "--seed", SEED)
+def test_fifty_kills_of_the_campaign(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--out", tmp_path / "crash.json", "--kills", 50, "--seed", SEED)
     only = ("--only", *(name for name, command in commands().items() if not command.several))
     failed = campaign([str(word) for word in (*words, *only)])
     print(capsys.readouterr())
     assert not failed
     found = json.loads((tmp_path / "crash.json").read_text())
-    assert found["kills"] >= 10
-    again = campaign([str(word) for word in (*words[:5], 0, *only)])  # done cases are not run again
+    assert found["kills"] >= 50
+    again = campaign([str(word) for word in (*words, *only)])  # done cases are not run again
     assert not again
     assert json.loads((tmp_path / "crash.json").read_text()) == found

@@ -6,6 +6,7 @@ Each time: the exit code, one line on stderr, and in that line what to do next; 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import pty
 import resource
@@ -14,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -206,19 +208,30 @@ def typed(process: subprocess.Popen[bytes], terminal: int, until: Callable[[str]
     return text
 
 
-def interrupted(here: Path, words: tuple[object, ...], ready: Callable[[int], bool]) -> tuple[int, str]:
-    """Exit code and words of a command that got a Ctrl-C on its terminal, once it was ready, told by its process id."""
+def in_front() -> None:
+    """Gives a process its terminal, and Ctrl-C, which those that a shell has put into the background ignore."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def interrupted(
+    here: Path, words: tuple[object, ...], ready: Callable[[int], bool], presses: int = 1
+) -> tuple[int, str]:
+    """Exit code and words of a command that got Ctrl-C on its terminal, once it was ready, told by its process id; and
+    another where it did not mind."""
     parent, child = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-m", "cli.main", *map(str, words)], cwd=here, env=environment(TERM="dumb"),
         stdin=child, stdout=child, stderr=child, start_new_session=True,
-        preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
+        preexec_fn=in_front,
     )  # fmt: skip
     os.close(child)
     text = typed(process, parent, lambda _: ready(process.pid))
-    assert process.poll() is None, text
-    os.write(parent, b"\x03")
-    text += typed(process, parent, lambda _: False)
+    for left in range(presses, 0, -1):
+        if process.poll() is None:
+            os.write(parent, b"\x03")
+            text += typed(process, parent, lambda _: process.poll() is not None, 10 if left > 1 else 120)
+    text += typed(process, parent, lambda _: False, 1)
     code = process.wait(60)
     os.close(parent)
     return code, text
@@ -250,14 +263,19 @@ def cli_in(pid: int) -> bool:
     return "_yaml" in Path(f"/proc/{pid}/maps").read_text()
 
 
-@pytest.mark.parametrize("seconds", [0.0, 1.5])
-@pytest.mark.parametrize("words", [("sweep", "plan", "--scale", "mini", "--seeds", ",".join(map(str, range(150)))),
+@pytest.mark.parametrize("seconds", [0.0, 0.7])
+@pytest.mark.parametrize("words", [("sweep", "plan", "--scale", "mini", "--seeds", ",".join(map(str, range(250)))),
                                    ("paper", "report", "--scale", "mini")], ids=lambda words: words[0])  # fmt: skip
 def test_ctrl_c_in_what_computes_nothing(words: tuple[str, ...], seconds: float, here: Path) -> None:
-    began = time.monotonic()
-    code, text = interrupted(here, words, lambda pid: time.monotonic() > began + seconds and cli_in(pid))
-    if "Exception ignored in" in text:  # it came in a callback of Python's own, the import's locks for one: it is lost
-        return
+    # It is lost where it comes in a callback of Python's own or in an import of compiled code: one presses again
+    for _ in range(5):
+        began = time.monotonic()
+        ready = lambda pid, began=began: time.monotonic() > began + seconds and cli_in(pid)  # noqa: E731
+        code, text = interrupted(here, words, ready, presses=5)
+        if seconds and "^C" not in text:  # a fast machine was done before
+            return
+        if code != 0 and "Exception ignored in" not in text:
+            break
     # Python ends itself by the signal where it met it in an `exec`, as dataclasses have it: a shell calls that 130, too
     assert code in (130, -signal.SIGINT), text
     assert "stopped; the same command goes on" in text

@@ -16,15 +16,15 @@ SEED = os.environ.get("SDAE_SEED", "0")  # the same faults each time; `make trus
 
 
 @pytest.mark.slow
-def test_half_a_minute(tmp_path: Path) -> None:
+def test_two_turns(tmp_path: Path) -> None:
     print("SDAE_SEED", SEED)
-    words = [str(HERE / "soak.py"), "--minutes", "0.5", "--seed", SEED, "--out", str(tmp_path / "soak.json")]
+    words = [str(HERE / "soak.py"), "--minutes", "0", "--seed", SEED, "--out", str(tmp_path / "soak.json")]
     environment = os.environ | {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "soak.json").read_text())
     assert report["failures"] == []
-    assert report["turns"] >= 2
+    assert report["turns"] == 2
     assert report["faults"]["worker killed"] >= 1
     assert 0.98 < report["store_of_predicted"] < 1.02
 

@@ -109,6 +109,14 @@ def forked(work: Callable[[], int], name: str, seed: object, folder: Path) -> in
         return pid
     code = 99
     try:
+        code = _child(work, name, seed, folder, before)
+    finally:  # whatever a handler raises, and where: a child must not come back to where its parent is
+        os._exit(code)
+
+
+def _child(work: Callable[[], int], name: str, seed: object, folder: Path, before: Any) -> int:
+    code = 99
+    try:
         for number in SIGNALS:
             signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -125,12 +133,10 @@ def forked(work: Callable[[], int], name: str, seed: object, folder: Path) -> in
         errors = folder / "errors"
         errors.mkdir(exist_ok=True)
         (errors / f"{name}-{os.getpid()}").write_text(traceback.format_exc())
-    finally:
-        with contextlib.suppress(Exception):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(code)
-    return 0
+    with contextlib.suppress(BaseException):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    return code
 
 
 def use_disk(folder: Path) -> None:
@@ -186,7 +192,10 @@ class Forked:
 
     def poll(self) -> int | None:
         if self.returncode is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            try:
+                pid, status = os.waitpid(self.pid, os.WNOHANG)
+            except ChildProcessError:  # a handler, called behind the line above before its answer was written down
+                return -1
             if pid:
                 self.returncode = os.waitstatus_to_exitcode(status)
         return self.returncode

@@ -6,6 +6,7 @@ else may be lost, for each file and each folder on its own; of a folder's change
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import shutil
@@ -174,6 +175,8 @@ def _surviving(node: Node, style: Style, draw: random.Random) -> bytes:
     now = bytes(node.content) if isinstance(node.content, bytearray) else b""
     if style != "random" or now == node.safe:
         return node.safe
-    shorter = now[: draw.randrange(len(now) + 1)]
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(node.safe, now, strict=False))
+    kept = sum(1 for _ in same)  # flushed, and not written over since
+    shorter = now[: draw.randint(kept, len(now))]
     zeros = shorter + bytes(len(now) - len(shorter))
     return draw.choice([node.safe, now, shorter, zeros])
