@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -38,6 +39,9 @@ app.command()(notebook.notebook)
 def main() -> None:
     """Exit codes: 0 done, 1 a run or check failed, 2 bad input, 75 stopped and resumable, 130 Ctrl-C."""
     stopped = False
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal without some sign is given its number
+            stream.reconfigure(errors="backslashreplace")
 
     def stop(number: int, frame: FrameType | None) -> None:
         nonlocal stopped
@@ -47,7 +51,14 @@ def main() -> None:
     if plain := signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, stop)
     try:
-        code = app(standalone_mode=False)
+        try:
+            code = app(standalone_mode=False)
+        except (UserError, RunFailed, Interrupted):
+            raise
+        except Exception as error:  # compiled code that a Ctrl-C met in a call of Python's wraps it in its own, as pydantic does
+            if stopped:
+                raise KeyboardInterrupt from error
+            raise
         sys.stdout.flush()
         if stopped and code == INTERRUPTED:  # typer says nothing of a Ctrl-C
             fail("stopped; the same command goes on", INTERRUPTED)
@@ -55,7 +66,7 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except UserError as error:
-        fail(str(error), 2)
+        fail(str(error), error.code)
     except RunFailed as error:
         fail(str(error), 2 if isinstance(error, BrokenInput) else 1)
     except Interrupted as error:
@@ -67,9 +78,9 @@ def main() -> None:
             raise
         fail(cure, 2)
     except OSError as error:  # a disk or a folder that fails below a command
-        if error.filename is None:
+        if error.filename is None and not unprintable():
             raise
-        fail(f"{error.filename}: {error.strerror or error}", 2)
+        fail(f"{error.filename or 'what is printed'}: {error.strerror or error}", 2)
     except Exception as error:
         if type(error).__name__ == "Abort":  # typer's word for Ctrl-C
             fail("stopped; the same command goes on", INTERRUPTED)
@@ -83,6 +94,16 @@ def main() -> None:
         if plain:
             signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def unprintable() -> bool:
+    """Whether stdout takes no more; then Python need not try again when it ends."""
+    try:
+        print(flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def lacking(error: Exception) -> str | None:
