@@ -283,6 +283,23 @@ def test_ctrl_c_in_what_computes_nothing(words: tuple[str, ...], seconds: float,
     assert not (here / "runs").exists()
 
 
+def test_ctrl_c_that_compiled_code_wraps_in_its_own_error(here: Path) -> None:
+    # As pydantic does, where it meets it while it builds a schema
+    script = """
+import os, signal
+import cli.main
+def command(**_):
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    except KeyboardInterrupt as error:
+        raise ValueError("SchemaError") from error
+cli.main.app = command
+cli.main.main()
+"""
+    called = subprocess.run([sys.executable, "-c", script], cwd=here, env=environment(), capture_output=True, text=True)
+    assert (called.returncode, called.stderr) == (130, "error: stopped; the same command goes on\n")
+
+
 @pytest.mark.slow
 def test_ctrl_c_in_data_prepare(here: Path) -> None:
     folder, out = pictures(here / "pictures", 60), here / "packed"
