@@ -55,7 +55,7 @@ def main() -> None:
             code = app(standalone_mode=False)
         except (UserError, RunFailed, Interrupted):
             raise
-        except Exception as error:  # compiled code that a Ctrl-C met in a call of Python's wraps it in its own, as pydantic does
+        except Exception as error:  # compiled code, as pydantic's, wraps a Ctrl-C that met it in an error of its own
             if stopped:
                 raise KeyboardInterrupt from error
             raise

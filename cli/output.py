@@ -38,6 +38,11 @@ def parse_seeds(text: str) -> list[int]:
     return seeds
 
 
+def seeds_or_all(text: str | None) -> list[int] | None:
+    """`0,1,2`; None, where the option was not given, means all."""
+    return None if text is None else parse_seeds(text)
+
+
 def emit(value: Any) -> None:
     """The one JSON document. NaN is null: not every reader knows it."""
     print(json.dumps(_plain(value), indent=1, allow_nan=False, default=str))

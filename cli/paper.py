@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from cli.output import Json, Names, ScaleName, StoreDir, emit, note, parse_seeds, tell
+from cli.output import Json, Names, ScaleName, StoreDir, emit, note, seeds_or_all, tell
 from cli.output import table as table_of
 
 app = typer.Typer(help="The paper's tables and figures, from the store.", no_args_is_help=True)
@@ -42,7 +42,7 @@ def table(
     from sdae.store import Store
 
     full = f"table{name}" if name.isdigit() else name
-    built = build(Store(store), full, scale, parse_seeds(seeds) if seeds else None)
+    built = build(Store(store), full, scale, seeds_or_all(seeds))
     tell(render(built, "json" if json else format.value))
 
 
@@ -60,7 +60,7 @@ def figure(
     from sdae.store import Store
 
     full = f"figure{name}" if re.fullmatch(r"\d[a-z]?", name) else name
-    chosen = parse_seeds(seeds) if seeds else None
+    chosen = seeds_or_all(seeds)
     if not json and format is None:
         from analysis.figures import draw
 
@@ -93,7 +93,7 @@ def claims(
     from analysis.verdicts import found, judge_study, render
     from sdae.store import Store
 
-    measured = study(Store(store), artifacts or (), scale, parse_seeds(seeds) if seeds else None)
+    measured = study(Store(store), artifacts or (), scale, seeds_or_all(seeds))
     entries = judge_study(measured)
     if json or format is Format.json:
         return emit(entries)
@@ -122,7 +122,7 @@ def report(
     from analysis.study import study
     from sdae.store import Store
 
-    paths = write(study(Store(store), artifacts or (), scale, parse_seeds(seeds) if seeds else None), out)
+    paths = write(study(Store(store), artifacts or (), scale, seeds_or_all(seeds)), out)
     if not any(path.name == "report.pdf" for path in paths):
         debian = "Debian: texlive-latex-recommended texlive-latex-extra lmodern"
         note(f"no report.pdf: none of {', '.join(pdf.ENGINES)} is installed ({debian})")
@@ -145,7 +145,7 @@ def explain(
     from analysis.explain import explain_cell, text
     from sdae.store import Store
 
-    found = explain_cell(Store(store), cell, artifact, scale, parse_seeds(seeds) if seeds else None)
+    found = explain_cell(Store(store), cell, artifact, scale, seeds_or_all(seeds))
     emit(found) if json else tell(text(found))
 
 
@@ -165,7 +165,7 @@ def diff(
     from analysis.verdicts import judge_study
     from sdae.store import Store
 
-    chosen = parse_seeds(seeds) if seeds else None
+    chosen = seeds_or_all(seeds)
     before, after = (side(one, Store(store), artifact or (), scale, chosen) for one in (a, b))
     found = compare(before, after, judge_study(before), judge_study(after))
     emit(found) if json else tell(text(found))

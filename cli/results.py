@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.output import Json, ScaleName, StoreDir, emit, existing, note, parse_seeds, say, table, told_synthetic
+from cli.output import Json, ScaleName, StoreDir, emit, existing, note, say, seeds_or_all, table, told_synthetic
 from sdae.errors import UserError
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ def prune(
 
     def look() -> Prunable:
         held = Ledger(folder).waiting(folder)
-        return survey(folder, artifacts or (), scale, parse_seeds(seeds) if seeds else None, held)
+        return survey(folder, artifacts or (), scale, seeds_or_all(seeds), held)
 
     found = look()
     if not json:

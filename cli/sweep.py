@@ -24,6 +24,7 @@ from cli.output import (
     parse_seeds,
     printable,
     say,
+    seeds_or_all,
     table,
     told_synthetic,
 )
@@ -321,7 +322,7 @@ def _runs(
     from ablations.planner import plan as make
     from slurm.look import last_submission, recorded
 
-    asked, runs = None if seeds is None else parse_seeds(seeds), recorded(store)
+    asked, runs = seeds_or_all(seeds), recorded(store)
     if not artifacts and scale is None and runs:
         if data is not None:
             raise UserError("--data: wants artifacts or a --scale: runs that were handed to Slurm have their pictures")

@@ -312,6 +312,16 @@ def test_ctrl_c_in_data_prepare(here: Path) -> None:
     assert cli(here, "data", "verify", out).code == 0
 
 
+@pytest.mark.parametrize(
+    "words",
+    [("results", "prune", "--dry-run"), ("paper", "table", "table1"), ("paper", "report"), ("paper", "claims")],
+    ids=" ".join,
+)
+def test_no_seeds_are_not_all_seeds(words: tuple[str, ...], here: Path) -> None:  # as of an unset variable of a shell
+    (here / "runs").mkdir()
+    assert_refused(cli(here, *words, "--seeds", ""), "--seeds '': expected whole numbers with commas between them")
+
+
 # 7. Two terminals on one store
 
 

@@ -442,10 +442,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "rows": {f"r{i}": {"label": f"{attack} {i}", "meta": {attack[:40]: attack, "x": i}, "runs": {"a": {
             "recipe": "sdae", "optim": {"epochs": 100 + i}}}} for i in (0, 300)},
         "paper": {"r0.loss": 1.0},
-        "claims": [{"id": "mine", "quote": attack, "test": {"above": ["r0.loss", "r300.loss"]}}],
     }  # fmt: skip
-    if "test" in own["claims"][0]:  # a claim's form is not what is tried here
-        del own["claims"]
     (root / "own.yaml").write_text(yaml.safe_dump(own, allow_unicode=True))
     sweep = plan([str(root / "own.yaml")], "smoke", (0,))
     store = Store(root / "store")
@@ -499,9 +496,11 @@ def test_latex_holds_no_command_of_a_name(pages: dict[str, str]) -> None:
         for command in (r"\input{/etc", r"\write18", r"\VAR{", "7*7}}$"):
             assert command not in text.replace(r"\textbackslash{}", ""), (name, command)
         assert r"\textbackslash{}input\{/etc/passwd\}" in text
-        for line in text.splitlines():
-            body = re.sub(r"(?<!\\)%.*", "", line)
-            assert body.count("{") - body.count(r"\{") == body.count("}") - body.count(r"\}") or "{" in line, line
+        depth = 0
+        for brace in re.findall(r"(?<!\\)[{}]", re.sub(r"(?<!\\)%.*", "", text)):
+            depth += 1 if brace == "{" else -1
+            assert depth >= 0, f"{name}: a name closes a group of the page's"
+        assert depth == 0, f"{name}: a name opens a group"
     assert r"\begin{document}" in document(pages["own.tex"])
 
 
