@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from sdae.errors import UserError
 from sdae.sections import (
@@ -241,7 +241,6 @@ STAGES: dict[str, type[Run]] = {
     "cost": CostRun,
 }  # fmt: skip
 Config = Pretrain | Finetune | Linprobe | Segment | Detect | CostRun
-_ADAPTERS = {name: TypeAdapter(cls) for name, cls in STAGES.items()}
 
 
 def parse(values: Any, where: str = "config") -> Config:
@@ -255,7 +254,7 @@ def parse(values: Any, where: str = "config") -> Config:
     if not isinstance(stage, str) or stage not in STAGES:
         raise UserError(f"{where}: stage: {stage!r} is unknown (allowed: {', '.join(STAGES)})")
     try:
-        return _ADAPTERS[stage].validate_python(merge(_defaults(stage), values))  # type: ignore[return-value]
+        return STAGES[stage].model_validate(merge(_defaults(stage), values))  # type: ignore[return-value]
     except ValidationError as error:
         raise UserError(f"{where}: {explain(error, STAGES[stage])}") from None
     except UserError as error:  # an unknown arch
@@ -264,7 +263,7 @@ def parse(values: Any, where: str = "config") -> Config:
 
 def _defaults(stage: str) -> dict[str, Any]:
     """A stage's defaults as plain values, without what is filled in from the arch or from the method's name."""
-    defaults = _ADAPTERS[stage].validate_python({}).model_dump()
+    defaults = STAGES[stage]().model_dump()
     for key in ("width", "depth", "heads", "mlp_ratio", "patch_size"):
         del defaults["model"][key]
     if "method" in defaults:
@@ -284,12 +283,9 @@ def science(config: Config) -> dict[str, Any]:
     if str(values.get("init", {}).get("weights", "")).startswith("file:") and values["init"]["digest"]:
         values["init"]["weights"] = "file"  # the content counts, not where it lies
     for key, neutral in NEUTRAL.items():
-        *parents, leaf = key.split(".")
-        owner: Any = values
-        for parent in parents:
-            owner = owner.get(parent) if isinstance(owner, dict) else None
-        if isinstance(owner, dict) and owner.get(leaf) == neutral:
-            owner.pop(leaf, None)
+        section, leaf = key.split(".")
+        if leaf in values.get(section, {}) and values[section][leaf] == neutral:
+            del values[section][leaf]
     return values
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +11,17 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2 import functional as F
 
 from sdae import drawing
 from sdae.config import Detect, Finetune, Linprobe, Segment
 from sdae.data import crop
 from sdae.data.datasets import UnreadableError, read
-from sdae.data.dense import colours
-from sdae.data.loader import statistics
+from sdae.data.loader import middle, statistics, with_channels
 from sdae.errors import UserError
 from sdae.models.classifier import Classifier
 from sdae.stages import detect, segment
 from sdae.store import RunFolder, Store
-from sdae.training.checkpoints import load_model, must_fit
+from sdae.training.checkpoints import load_model
 
 LIKELIEST = 5  # classes told of a picture
 
@@ -43,10 +42,13 @@ def predict(store: Store, run: str, pictures: Sequence[Path], out: Path, score: 
             images.append(read(str(picture)))
         except UnreadableError as error:
             raise UserError(str(error)) from None
-    answer = _Predictor(folder, score)
+    stage = folder.outcome().get("stage")
+    if stage not in tuple(LOADERS):
+        raise UserError(f"{folder.id}: {stage} predicts nothing (allowed: {', '.join(LOADERS)})")
+    loaded = LOADERS[stage](folder)
     found = []
     for picture, target, image in zip(pictures, targets, images, strict=True):
-        drawn, said = answer(image)
+        drawn, said = _answer(*loaded, image, score)
         try:
             out.mkdir(parents=True, exist_ok=True)
             drawn.save(target)
@@ -56,38 +58,27 @@ def predict(store: Store, run: str, pictures: Sequence[Path], out: Path, score: 
     return found
 
 
-class _Predictor:
-    """A finished run's network: uint8 (3, H, W) to a drawing and to what it says."""
-
-    def __init__(self, folder: RunFolder, score: float):
-        stage, self.score = folder.outcome().get("stage"), score
-        if stage not in ("segment", "detect", "finetune", "linprobe"):
-            raise UserError(f"{folder.id}: {stage} predicts nothing (allowed: segment, detect, finetune, linprobe)")
-        self.config: Any
-        self.module: Any
-        load = {"segment": segment.load_trained, "detect": detect.load_trained}.get(stage, load_classifier)
-        self.config, self.module, self.classes = load(folder)
-
-    def __call__(self, image: Tensor) -> tuple[Image.Image, dict[str, Any]]:
-        if isinstance(self.config, Segment):
-            labels = segment.predict(self.module, self.config, image).cpu().numpy()
-            names, counts = np.unique(labels, return_counts=True)
-            shares = {self.classes[n]: round(float(c) / labels.size, 4) for n, c in zip(names, counts, strict=True)}
-            return drawing.regions(drawing.pixels(image), labels, self.classes), {"shares": shares}
-        if isinstance(self.config, Detect):
-            found = detect.surest(detect.predict(self.module, self.config, image), self.score)
-            values = (found[key].tolist() for key in ("labels", "scores", "boxes"))
-            objects = [
-                {"class": self.classes[label], "score": round(score, 4), "box": [round(side, 2) for side in box]}
-                for label, score, box in zip(*values, strict=True)
-            ]
-            return detect.drawn(image, found, self.classes), {"objects": objects}
-        chances = probabilities(self.module, self.config, image)
-        best = [
-            (self.classes[int(i)], round(float(chances[i]), 4)) for i in chances.argsort(descending=True)[:LIKELIEST]
+def _answer(
+    config: Any, module: Any, classes: list[str], image: Tensor, score: float
+) -> tuple[Image.Image, dict[str, Any]]:
+    """What a network says of uint8 (3, H, W): a drawing, and JSON values."""
+    if isinstance(config, Segment):
+        labels = segment.predict(module, config, image).cpu().numpy()
+        names, counts = np.unique(labels, return_counts=True)
+        shares = {classes[n]: round(float(c) / labels.size, 4) for n, c in zip(names, counts, strict=True)}
+        return drawing.regions(drawing.pixels(image), labels, classes), {"shares": shares}
+    if isinstance(config, Detect):
+        found = detect.surest(detect.predict(module, config, image), score)
+        values = (found[key].tolist() for key in ("labels", "scores", "boxes"))
+        objects = [
+            {"class": classes[label], "score": round(chance, 4), "box": [round(side, 2) for side in box]}
+            for label, chance, box in zip(*values, strict=True)
         ]
-        lines = [(drawing.colour(n), f"{name} {100 * chance:.1f} %") for n, (name, chance) in enumerate(best)]
-        return drawing.captioned(Image.fromarray(drawing.pixels(image)), lines), {"classes": dict(best)}
+        return detect.drawn(image, found, classes), {"objects": objects}
+    chances = probabilities(module, config, image)
+    best = [(classes[int(i)], round(float(chances[i]), 4)) for i in chances.argsort(descending=True)[:LIKELIEST]]
+    lines = [(drawing.colour(n), f"{name} {100 * chance:.1f} %") for n, (name, chance) in enumerate(best)]
+    return drawing.captioned(Image.fromarray(drawing.pixels(image)), lines), {"classes": dict(best)}
 
 
 def load_classifier(folder: RunFolder) -> tuple[Finetune | Linprobe, Classifier, list[str]]:
@@ -95,26 +86,23 @@ def load_classifier(folder: RunFolder) -> tuple[Finetune | Linprobe, Classifier,
     config = folder.config()
     if not isinstance(config, Finetune | Linprobe):
         raise UserError(f"{folder.path / 'config.yaml'}: not that of a finetune or linprobe")
-    tensors, classes = load_model(folder, folder.outcome())
+    return config, *load_model(folder, partial(Classifier, config.model, config.data.image_size, config.head))
 
-    def network() -> Classifier:
-        return Classifier(config.model, config.data.image_size, config.head, len(classes))
 
-    must_fit(tensors, network, str(folder.path))
-    module = network()
-    module.load_state_dict(tensors)
-    return config, module.eval(), classes
+LOADERS: dict[str, Callable[[RunFolder], tuple[Any, Any, list[str]]]] = {
+    "segment": segment.load_trained, "detect": detect.load_trained,
+    "finetune": load_classifier, "linprobe": load_classifier,
+}  # fmt: skip
 
 
 @torch.no_grad()
 def probabilities(module: Classifier, config: Finetune | Linprobe, image: Tensor) -> Tensor:
     """Class probabilities (C,) of uint8 (3, H, W), cut as in this data set's evaluation."""
-    size = config.data.image_size
+    size, channels = config.data.image_size, config.model.channels
     if config.data.name in ("imagefolder", "packed"):
-        whole = F.resize(image, [round(size * 256 / 224)], F.InterpolationMode.BICUBIC, antialias=True)
-        picture = F.center_crop(whole, [size, size])[None].float()
+        picture = middle(image, size)[None].float()
     else:
         picture = crop.resize(image[None], size)
-    mean, std = (255 * t for t in statistics(config.model.channels))
-    ready = (colours(picture[0], config.model.channels) - mean) / std
-    return module(ready[None]).float().softmax(1)[0]  # type: ignore[no-any-return]
+    mean, std = (255 * t for t in statistics(channels))
+    ready = with_channels(picture, channels).sub(mean).div_(std)
+    return module(ready).float().softmax(1)[0]  # type: ignore[no-any-return]

@@ -73,7 +73,7 @@ RELEASED = {
 
 def weights_folder() -> Path:
     """$SDAE_WEIGHTS, or `weights` in the user's cache folder."""
-    return Path(os.environ.get("SDAE_WEIGHTS") or cache_folder() / "weights").expanduser()
+    return Path(os.path.expanduser(os.environ.get("SDAE_WEIGHTS") or cache_folder() / "weights"))
 
 
 def find_weights(name: str) -> Path | None:
@@ -92,7 +92,7 @@ def home_of(name: str) -> Path:
 
 def located(named: str) -> Path:
     """The file that `file:PATH` means: PATH itself, or, for a bare name that is not here, that of `weights_folder`."""
-    path = Path(named).expanduser()
+    path = Path(os.path.expanduser(named))  # Path's own ends in an error for a user that is not there
     if len(path.parts) == 1 and not path.exists() and path.suffix == SUFFIX:
         kept = weights_folder() / path
         return kept if kept.is_file() else path
@@ -140,10 +140,11 @@ def header(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         raise UserError(f"{path}: not a whole safetensors file") from None
-    return {**found, "__metadata__": {key: _plain(value) for key, value in metadata.items()}}
+    return {**found, "__metadata__": {key: plain(value) for key, value in metadata.items()}}
 
 
-def _plain(value: str) -> Any:
+def plain(value: str) -> Any:
+    """An entry of a file's metadata; as it is where it is no JSON."""
     try:
         return json.loads(value)
     except (ValueError, RecursionError):
@@ -154,15 +155,15 @@ def inventory() -> list[dict[str, Any]]:
     """Every file of the folder of weights, by name, with what its import said of it and its sha256."""
     rows: list[dict[str, Any]] = []
     for path in sorted(weights_folder().glob(f"*{SUFFIX}")):
-        row: dict[str, Any] = {"name": path.stem, "file": str(path), "bytes": path.stat().st_size, "problem": None}
+        row: dict[str, Any] = {"name": path.stem, "file": str(path), **dict.fromkeys(("bytes", "problem", "sha256"))}
+        said: Any = {}
         try:
+            row |= {"bytes": path.stat().st_size, "sha256": checksum(path)}
             said = header(path)["__metadata__"].get("sdae")
-            said = said if isinstance(said, dict) else {}
-        except UserError as error:
-            said, row["problem"] = {}, str(error)
+        except (OSError, UserError) as error:
+            row["problem"] = str(error)
         for key in ("layout", "width", "depth", "patch_size", "positions", "layer_scale"):
-            row[key] = said.get(key)
-        row["sha256"] = checksum(path)
+            row[key] = said.get(key) if isinstance(said, dict) else None
         rows.append(row)
     return rows
 

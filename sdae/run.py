@@ -6,13 +6,12 @@ import contextlib
 import errno
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib import import_module
 from typing import Any
 
 import torch
-from torch.nn.attention import sdpa_kernel
 
 from sdae import provenance
 from sdae.config import Config, CostRun, dump, run_id
@@ -21,8 +20,8 @@ from sdae.errors import BrokenInput, Interrupted, RunFailed, UserError
 from sdae.files import no_link, why
 from sdae.stages.session import Session
 from sdae.store import RunFolder, Store
-from sdae.training import distributed
-from sdae.training.attention import BACKENDS
+from sdae.training import attention, distributed
+from sdae.training.checkpoints import forget_states
 from sdae.training.loop import Stop
 from sdae.training.telemetry import Pulse
 from sdae.weights import with_digest
@@ -87,8 +86,6 @@ def execute(
 
 def _tidy(folder: RunFolder) -> None:
     """Removes what a process could not that was killed, or met a broken disk, when its result was written."""
-    from sdae.training.checkpoints import forget_states
-
     if folder.path.is_symlink() or folder.checkpoints.is_symlink():
         return  # what it leads to is another's
     names = ("claim.json", "failure.json")
@@ -122,8 +119,11 @@ def _execute(
         folder.write("provenance.json", provenance.record(config.stage))
         folder.forget_failure()
         say(folder, f"{folder.id} starts on {world.device}, {world.size} process(es)")
+    pulse = Pulse(folder, progress if world.first else None)
+    beating = pulse if world.first else contextlib.nullcontext()  # the heartbeat is the first rank's
+    kernel = config.efficiency.attention
     try:
-        with Stop() as stop, pulse_of(folder, world, progress) as pulse, attention(config.efficiency.attention):
+        with Stop() as stop, beating, attention.using(None if kernel == "auto" else kernel):
             outcome = stage.run(config, Session(store, folder, world, pulse, stop))
     except Interrupted as error:
         if world.first:
@@ -147,8 +147,6 @@ def _execute(
         raise failed(f"{folder.id}: {message.splitlines()[0]}") from error
     result = _result(config, folder, world, outcome, began)
     if world.first:
-        from sdae.training.checkpoints import forget_states
-
         if folder.dispossessed:  # we slept for longer than a claim holds: the result is its new owner's to write
             raise Interrupted(f"{folder.id}: another process has taken the run over")
         folder.finish(result)
@@ -188,24 +186,6 @@ def describe_data(config: Config) -> dict[str, Any]:
     found = listing(config.data)
     counts = {split: sum(numbers) for split, numbers in found.counts.items()}
     return {"name": config.data.name, "fingerprint": config.data.fingerprint, **counts, "classes": len(found.classes)}
-
-
-@contextlib.contextmanager
-def pulse_of(
-    folder: RunFolder, world: distributed.World, progress: Callable[[dict[str, Any]], None] | None
-) -> Iterator[Pulse]:
-    """The heartbeat of rank 0; other ranks have one that stays silent."""
-    pulse = Pulse(folder, progress if world.first else None)
-    if world.first:
-        with pulse:
-            yield pulse
-    else:
-        yield pulse
-
-
-def attention(choice: str) -> contextlib.AbstractContextManager[Any]:
-    """The kernels that `efficiency.attention` allows; a context manager."""
-    return contextlib.nullcontext() if choice == "auto" else sdpa_kernel(BACKENDS[choice])
 
 
 def say(folder: RunFolder, text: str) -> None:

@@ -206,8 +206,8 @@ def import_weights(path: Path, layout: str, out: Path | None = None, name: str |
         raise UserError("weights import: say where to: --out FILE.safetensors, or --as NAME for the folder of weights")
     if name is not None:
         out = home_of(name)
-    assert out is not None
-    if name is None:
+    else:
+        assert out is not None
         _writable_as_safetensors(out)
     found = encoders(read_any(path), layout, str(path))
     facts = {which: describe(encoder.tensors, f"{path}: {which}", encoder.missing) for which, encoder in found.items()}

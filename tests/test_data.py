@@ -93,8 +93,14 @@ def test_fingerprint_needs_no_torch_and_follows_the_disk(folder: Path) -> None:
     first = fingerprint(of(folder))
     kept = next((Path(os.environ["XDG_CACHE_HOME"]) / "sdae" / "folders").glob("*.json"))
     assert first == fingerprint(of(folder))
-    kept.write_text("{ torn")
-    assert first == fingerprint(of(folder))
+    for damaged in (
+        "{ torn",
+        "[]",
+        '{"train/ant": 1}',
+        *(kept.read_text().replace("[", x) for x in ('["5", ', "{}, [")),
+    ):
+        kept.write_text(damaged)
+        assert first == fingerprint(of(folder))
     (folder / "train" / "ant" / "004.jpg").unlink()
     assert fingerprint(of(folder)) != first
     code = "import sys; from sdae.data import fingerprint; from sdae.config import Data; "

@@ -141,7 +141,12 @@ def test_the_listing_is_kept_and_a_changed_json_is_read_anew(tmp_path: Path) -> 
     values["images"].append({"id": 1, "file_name": "1.png", "height": HEIGHT, "width": WIDTH})
     file.write_text(json.dumps(values))
     assert listing_of(data).counts["val"] == (6,)
-    assert len(list((tmp_path / "cache" / "sdae" / "objects").iterdir())) == 2
+    kept = list((tmp_path / "cache" / "sdae" / "objects").iterdir())
+    assert len(kept) == 2
+    for damaged in ("{ torn", "[]", "{}", '{"classes": 1, "train": "many", "val": null}'):
+        for one in kept:
+            one.write_text(damaged)
+        assert listing_of(data).counts["val"] == (6,)
 
 
 def test_a_listing_needs_no_torch(tmp_path: Path) -> None:

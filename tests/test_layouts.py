@@ -468,6 +468,12 @@ def test_imported_weights_are_found_by_name(home: Path, tmp_path: Path) -> None:
         execute(tiny("finetune", init={"weights": "file:elsewhere/beit-300.safetensors"}), Store(tmp_path / "store"))
 
 
+def test_the_home_of_a_user_that_is_not_there(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert released.located("~nobody-of-this-name/x.pth") == Path("~nobody-of-this-name/x.pth")
+    monkeypatch.setenv("SDAE_WEIGHTS", "~nobody-of-this-name/weights")
+    assert released.inventory() == []
+
+
 def test_the_list_says_what_is_there_and_what_the_tables_want(home: Path, tmp_path: Path) -> None:
     listed = json.loads(call("weights", "list", "--json").out)
     assert listed["weights"] == []
@@ -481,9 +487,13 @@ def test_the_list_says_what_is_there_and_what_the_tables_want(home: Path, tmp_pa
     torn = (home / "moco-v3-300.safetensors").read_bytes()
     for name, content in (("torn", torn[:-5]), ("cut", torn[:40]), ("empty", b""), ("zeros", bytes(4000))):
         (home / f"{name}.safetensors").write_bytes(content)
+    (home / "nowhere.safetensors").symlink_to(tmp_path / "gone")
+    (home / "folder.safetensors").mkdir()
     listed = json.loads(call("weights", "list", "--json").out)
     rows = {row["name"]: row for row in listed["weights"]}
-    assert {name for name, row in rows.items() if row["problem"]} == {"torn", "cut", "empty", "zeros"}
+    assert {name for name, row in rows.items() if row["problem"]} == {
+        "torn", "cut", "empty", "zeros", "nowhere", "folder",
+    }  # fmt: skip
     row = rows["moco-v3-300"]
     assert (row["layout"], row["width"], row["depth"], row["positions"]) == ("moco-v3", WIDTH, DEPTH, "absolute")
     assert row["sha256"] == released.digest_of("file:moco-v3-300.safetensors")

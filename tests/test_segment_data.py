@@ -443,3 +443,25 @@ def test_tries_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     image, labels = scene()
     one().cut(image, labels, 0, 0)
     assert len(looked) in (scenes.TRIES, scenes.TRIES + 1)
+
+
+def test_an_error_ends_the_program_though_workers_read_ahead() -> None:
+    """As that of classification does (tests/test_data.py)."""
+    program = """
+import torch
+from sdae.data.dense import DenseLoader
+from sdae.data.segmentation import open_segmentation
+from sdae.sections import SegmentData
+def main():
+    pictures = open_segmentation(SegmentData(name="builtin", image_size=32, train_pictures=64), "train", 0)
+    loader = DenseLoader(
+        pictures, seed=0, batch_size=2, train=True, rank=0, world=1, device=torch.device("cpu"), workers=2, channels=3,
+        on_error="raise", multiple=16,
+    )
+    for batch in loader.epoch(0):
+        raise RuntimeError("in the middle of an epoch")
+main()
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 1
+    assert "in the middle of an epoch" in ended.stderr

@@ -15,6 +15,7 @@ from ablations.artifact import load_artifact
 from ablations.planner import MISSING, NEEDS_RELEASED, plan
 from analysis.dense import evaluation_of, pictures_of, plot_evaluation, summary
 from analysis.study import build, study
+from sdae.config import parse
 from sdae.models.flops import per_image
 from sdae.released import RELEASED
 from sdae.store import Store
@@ -110,6 +111,40 @@ def test_predict_names_the_class_of_a_picture(tmp_path: Path, monkeypatch: pytes
     assert called.code == 0, called
     assert called.out.count("%") == 5
     assert Image.open("predictions/grey.png").size[1] > 60
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [32, 48])
+def test_predict_sees_a_picture_as_the_evaluation_did(size: int, channels: int, tmp_path: Path) -> None:
+    """Grey is luma, and the odd pixel of a middle is cut off at the same side."""
+    import numpy as np
+    import torch
+
+    from sdae.config import Finetune
+    from sdae.data import Loader, open_dataset
+    from sdae.data.datasets import read
+    from sdae.models.classifier import Classifier
+    from sdae.predict import probabilities
+
+    draws = np.random.default_rng(0)
+    for folder in (tmp_path / split / name for split in ("train", "val") for name in ("one", "other")):
+        folder.mkdir(parents=True)
+        for i in range(3):
+            Image.fromarray(draws.integers(0, 256, (40 + 7 * i, 53 + 5 * i, 3), np.uint8)).save(folder / f"{i}.png")
+    model = {"width": 16, "depth": 1, "heads": 2, "patch_size": 8, "channels": channels}
+    config = parse({
+        "stage": "finetune", "model": model,
+        "data": {"name": "imagefolder", "path": str(tmp_path), "image_size": size},
+    })  # fmt: skip
+    assert isinstance(config, Finetune)
+    module = Classifier(config.model, size, config.head, 2).eval()
+    module.init_weights(1.0)
+    pictures = open_dataset(config.data, "val")
+    (batch,) = Loader(pictures, config.data, seed=0, batch_size=6, train=False, channels=channels).epoch(0)
+    with torch.no_grad():
+        evaluated = module(batch.images).softmax(1)
+    said = torch.stack([probabilities(module, config, read(pictures.path_of(i))) for i in range(6)])
+    torch.testing.assert_close(said, evaluated, atol=1e-5, rtol=0)
 
 
 # Released weights

@@ -58,18 +58,14 @@ def class_names(classes: int) -> tuple[str, ...]:
     return tuple(f"{TEXTURES[k % len(TEXTURES)]}-{SHAPES[k % len(SHAPES)]}" for k in range(classes))
 
 
-def labels_of(indices: NDArray[np.int64], classes: int) -> NDArray[np.int64]:
-    """Classes take turns, so that the first n pictures are balanced for every n."""
-    return indices % classes
-
-
 def render(indices: Sequence[int], split: str, size: int, classes: int = 10, *, instances: bool = True) -> Pictures:
     """Draws pictures `indices` of `split` ("train" | "val") at `size` pixels."""
     every = np.asarray(indices, np.int64)
-    out = Pictures(np.empty((len(every), 3, size, size), np.uint8), labels_of(every, classes))
+    labels = every % classes  # classes take turns, so that the first n pictures are balanced for every n
+    out = Pictures(np.empty((len(every), 3, size, size), np.uint8), labels)
     for start in range(0, len(every), CHUNK):
         part = slice(start, start + CHUNK)
-        scene = _draw(every[part], out.labels[part], split, classes)
+        scene = _draw(every[part], labels[part], split, classes)
         image, masks = _paint(scene, size)
         out.images[part] = image
         if instances:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -159,14 +160,12 @@ def _known(annotation: Any, key: str, known: dict[int, int]) -> int:
 
 
 def _box(annotation: dict[str, Any]) -> tuple[list[float], float]:
-    try:
+    with contextlib.suppress(KeyError, TypeError, ValueError, IndexError, OverflowError):
         box = [float(x) for x in annotation["bbox"]]
         area = float(annotation.get("area", box[2] * box[3]))
-    except (KeyError, TypeError, ValueError, IndexError, OverflowError):
-        raise Broken("bbox must be four numbers: x, y, width, height") from None
-    if len(box) != 4 or not all(map(math.isfinite, (*box, area))):
-        raise Broken("bbox must be four numbers: x, y, width, height")
-    return box, area
+        if len(box) == 4 and all(map(math.isfinite, (*box, area))):
+            return box, area
+    raise Broken("bbox must be four numbers: x, y, width, height")
 
 
 def _outlines(segmentation: Any, height: int, width: int) -> tuple[bool, list[Any]]:
@@ -199,16 +198,14 @@ def _outlines(segmentation: Any, height: int, width: int) -> tuple[bool, list[An
 def run_lengths(text: str) -> list[int]:
     """COCO's string of run lengths: six bits a character, five of them digits, the lowest first; from the fourth number
     on, differences to the last but one. Raises `Broken`."""
-    if not text.isascii():
-        raise Broken("RLE counts are no string of COCO's")
-    codes = np.frombuffer(text.encode(), np.uint8).astype(np.int64) - 48
+    codes = np.frombuffer(text.encode(errors="surrogatepass"), np.uint8).astype(np.int64) - 48
     ends = np.flatnonzero((codes & 32) == 0)
-    if not len(codes) or ((codes < 0) | (codes > 63)).any() or not len(ends) or ends[-1] != len(codes) - 1:
+    lengths = np.diff(ends, prepend=-1)  # characters of each number
+    whole = len(ends) and ends[-1] == len(codes) - 1 and lengths.max() <= 9
+    if not whole or ((codes < 0) | (codes > 63)).any():
         raise Broken("RLE counts are no string of COCO's")
-    starts = np.concatenate([[0], ends[:-1] + 1])
-    digit = np.arange(len(codes)) - np.repeat(starts, ends - starts + 1)
-    if digit.max() > 8:
-        raise Broken("RLE counts are no string of COCO's")
+    starts = ends - lengths + 1
+    digit = np.arange(len(codes)) - np.repeat(starts, lengths)
     values = np.add.reduceat((codes & 31) << (5 * digit), starts)
     values -= np.where(codes[ends] & 16, np.int64(1) << (5 * (digit[ends] + 1)), 0)
     values[1::2], values[2::2] = np.cumsum(values[1::2]), np.cumsum(values[2::2])

@@ -48,18 +48,17 @@ class UnreadableError(Exception):
 
 
 class Dataset:
-    """Pictures with labels. `resident` sets hold them in memory, the others read one file at a time."""
+    """Pictures with labels: in memory, in files, or packed."""
 
-    resident: bool
-
-    def __init__(self, labels: Tensor, classes: list[str], name: Callable[[int], str]) -> None:
-        self.labels, self.classes, self._name = labels, classes, name
+    def __init__(self, labels: Tensor, classes: list[str]) -> None:
+        self.labels, self.classes = labels, classes
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def path_of(self, i: int) -> str:
-        return self._name(i)
+        """Where picture i comes from, for messages."""
+        raise NotImplementedError
 
     def take(self, chosen: NDArray[np.int64]) -> Dataset:
         """The set of these pictures, in this order."""
@@ -69,13 +68,14 @@ class Dataset:
 class Resident(Dataset):
     """images uint8 (N, 3, H, W). `skipped`: index -> file that was replaced because it cannot be read."""
 
-    resident = True
-
     def __init__(self, images: Tensor, labels: Tensor, classes: list[str], name: Callable[[int], str]) -> None:
-        super().__init__(labels, classes, name)
-        self.images = images
+        super().__init__(labels, classes)
+        self.images, self._name = images, name
         self.skipped: dict[int, str] = {}
         self._copies: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def path_of(self, i: int) -> str:
+        return self._name(i)
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Images and labels on a device: copied there once, whoever asks."""
@@ -91,18 +91,12 @@ class Resident(Dataset):
 class Files(Dataset):
     """One file for each picture; `paths` relative to `root`, as bytes in one array (a million str are slow to fork)."""
 
-    resident = False
-
     def __init__(self, root: Path, paths: Sequence[str], labels: Tensor, classes: list[str]) -> None:
-        super().__init__(labels, classes, lambda i: os.path.join(self.root, os.fsdecode(self.paths[i])))
+        super().__init__(labels, classes)
         self.root, self.paths = str(root), np.array([os.fsencode(p) for p in paths])
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "_name"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._name = lambda i: os.path.join(self.root, os.fsdecode(self.paths[i]))
+    def path_of(self, i: int) -> str:
+        return os.path.join(self.root, os.fsdecode(self.paths[i]))
 
     def read(self, i: int) -> Tensor:
         return read(self.path_of(i))
@@ -263,23 +257,23 @@ def _decoded(root: str, paths: tuple[str, ...], classes: tuple[str, ...], on_err
 @lru_cache(maxsize=4)
 def _known(name: str, root: str, split: str, counts: tuple[int, ...]) -> Resident:
     """CIFAR-10, CIFAR-100, STL-10 (its labelled pictures) through torchvision, downloaded where absent."""
-    make: Any = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}.get(name)
+    source: Any
+    absent = not (Path(root) / PARTS[name]).is_dir()
     try:
-        if make is not None:
-            source = make(root, train=split == "train", download=not (Path(root) / PARTS[name]).is_dir())
-            images, labels = torch.from_numpy(source.data).permute(0, 3, 1, 2), np.array(source.targets)
-        else:
-            absent = not (Path(root) / PARTS[name]).is_dir()
+        if name == "stl10":
             source = torchvision.datasets.STL10(root, split="train" if split == "train" else "test", download=absent)
             images, labels = torch.from_numpy(source.data), np.array(source.labels)
+        else:
+            make: Any = torchvision.datasets.CIFAR10 if name == "cifar10" else torchvision.datasets.CIFAR100
+            source = make(root, train=split == "train", download=absent)
+            images, labels = torch.from_numpy(source.data).permute(0, 3, 1, 2), np.array(source.targets)
     except (OSError, RuntimeError) as error:
         archive = {"cifar10": "cifar-10-python", "cifar100": "cifar-100-python", "stl10": "stl10_binary"}[name]
         raise UserError(
             f"data.path: {name} is not complete in {root} and cannot be downloaded ({' '.join(str(error).split())}): "
             f"unpack {archive}.tar.gz there, so that {root}/{PARTS[name]} is a folder"
         ) from None
-    taken = [np.flatnonzero(labels == c)[:n] for c, n in enumerate(counts)]
-    index = np.concatenate(taken)
+    index = np.concatenate([np.flatnonzero(labels == c)[:n] for c, n in enumerate(counts)])
     classes = list(source.classes[: len(counts)])
     chosen, kept = torch.from_numpy(labels[index].astype(np.int64)), images[torch.from_numpy(index)].contiguous()
     return Resident(kept, chosen, classes, lambda i: f"{name}/{split}/{index[i]}")

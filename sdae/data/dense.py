@@ -11,10 +11,9 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from sdae.data.datasets import UnreadableError
-from sdae.data.loader import Order, _deaf, statistics
+from sdae.data.loader import Order, make_reader, statistics
 from sdae.data.transfer import sent
 from sdae.errors import BrokenInput, UserError
 
@@ -63,12 +62,7 @@ class DenseLoader:
         self.order = Order(len(dataset), seed, batch_size, train, rank, world)
         self.steps_per_epoch = len(self.order)
         self.skipped: dict[int, str] = {}
-        self._reader: DataLoader[Any] = DataLoader(
-            _Reader(dataset, train, on_error),  # type: ignore[arg-type]
-            batch_sampler=self.order,  # type: ignore[arg-type]
-            num_workers=workers, collate_fn=list, persistent_workers=workers > 0,
-            prefetch_factor=2 if workers else None, worker_init_fn=_deaf, generator=torch.Generator(),
-        )  # fmt: skip
+        self._reader = make_reader(_Reader(dataset, train, on_error), self.order, workers, list, ahead=2)
         self._channels = channels
         self._mean, self._std = (255 * t.to(device) for t in statistics(channels))
 
@@ -102,9 +96,6 @@ class _Reader:
 
     def __init__(self, dataset: DenseSet, train: bool, on_error: str) -> None:
         self.dataset, self.train, self.on_error = dataset, train, on_error
-
-    def __len__(self) -> int:
-        return len(self.dataset)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor | str, Any, int, list[tuple[int, str]]]:
         epoch, index = key

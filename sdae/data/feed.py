@@ -61,7 +61,8 @@ def bench(data: Data, workers: int, seconds: float = 10.0) -> dict[str, Any]:
             one = Loader(pictures, section, seed=0, batch_size=batch, train=True)
             rates[form] = {"per_core": per_core(one, each)}
             many = Loader(pictures, section, seed=0, batch_size=batch, train=True, device=device, workers=workers)
-            rates[form]["all"] = speed(_endless(many), each)
+            endless = (len(batch.images) for epoch in itertools.count() for batch in many.epoch(epoch))
+            rates[form]["all"] = speed(endless, each)
     return {"source": source, "made": made, "device": device, "workers": workers, "rates": rates}
 
 
@@ -80,10 +81,6 @@ def per_core(loader: Loader, seconds: float) -> float:
         return speed((len(at) for epoch in itertools.count() for *_, at in loader.fetch(epoch)), seconds)
     finally:
         torch.set_num_threads(threads)
-
-
-def _endless(loader: Loader) -> Iterable[int]:
-    return (len(batch.images) for epoch in itertools.count() for batch in loader.epoch(epoch))
 
 
 def speed(counts: Iterable[int], seconds: float) -> float:

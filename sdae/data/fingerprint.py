@@ -14,13 +14,14 @@ import os
 import re
 import stat
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from sdae.data import builtin
 from sdae.errors import UserError
-from sdae.files import read_json, write_atomically
+from sdae.files import read_json, read_record, write_atomically
 from sdae.sections import Data, DetectData, Pictures, SegmentData
 
 AnyPictures = TypeVar("AnyPictures", bound=Pictures)
@@ -94,13 +95,19 @@ def listing(data: Pictures) -> Listing:
         classes, counts = scan(folder_of(data), data.classes)
     if data.classes is not None and data.classes > len(classes):
         raise UserError(f"data.classes: {data.classes} were asked for, {data.name} has {len(classes)}")
+    have = {split: counts[split][: data.classes] for split in SPLITS}
+    taken = asked(data, {split: sum(of) for split, of in have.items()})
+    return Listing(classes[: data.classes], {split: balanced(have[split], n) for split, n in taken.items()})
+
+
+def asked(data: Pictures, have: Mapping[str, int]) -> dict[str, int]:
+    """How many of each split's pictures are taken: `train_pictures`, `val_pictures`, or all. Raises `UserError`."""
     taken = {}
     for split, wish in (("train", data.train_pictures), ("val", data.val_pictures)):
-        have = counts[split][: data.classes]
-        if wish is not None and wish > sum(have):
-            raise UserError(f"data.{split}_pictures: {wish} were asked for, there are {sum(have)}")
-        taken[split] = balanced(have, sum(have) if wish is None else wish)
-    return Listing(classes[: data.classes], taken)
+        if wish is not None and wish > have[split]:
+            raise UserError(f"data.{split}_pictures: {wish} were asked for, there are {have[split]}")
+        taken[split] = have[split] if wish is None else wish
+    return taken
 
 
 def balanced(counts: list[int], n: int) -> tuple[int, ...]:
@@ -125,8 +132,8 @@ def scan(root: Path, first: int | None = None) -> tuple[tuple[str, ...], dict[st
         raise UserError(f"data.path: {root}: no such folder (expected {expected(root)})")
     file = cache_folder() / "folders" / f"{hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]}.json"
     known: dict[str, Any] = {}
-    with contextlib.suppress(OSError, ValueError):
-        known = json.loads(file.read_text())
+    with contextlib.suppress(OSError):
+        known = read_record(file) or {}
     classes = _classes(root, "train")[:first]
     now, seen = time.time(), dict(known)
     counts: dict[str, list[int]] = {}
@@ -140,7 +147,7 @@ def scan(root: Path, first: int | None = None) -> tuple[tuple[str, ...], dict[st
             folder = f"{root}/{split}/{name}"
             mtime = os.stat(folder).st_mtime_ns
             entry = known.get(f"{split}/{name}")
-            if not entry or entry[0] != mtime:
+            if not (isinstance(entry, list) and [*map(type, entry)] == [int, int] and entry[0] == mtime):
                 entry = [mtime, len(pictures_of(folder))]
                 if now - mtime / 1e9 > SETTLED_SECONDS:
                     seen[f"{split}/{name}"] = entry

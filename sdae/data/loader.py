@@ -10,7 +10,7 @@ import atexit
 import signal
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -106,18 +106,10 @@ class Loader:
         text = data.augment.randaugment
         self._randaugment = RandAugment(text) if train and text else None
         self._mean, self._std = (255 * t.to(self.device) for t in statistics(channels))
-        self._reader = self._make_reader(dataset, workers) if isinstance(dataset, Files) else None
-
-    def _make_reader(self, dataset: Files, workers: int) -> DataLoader[Any]:
-        reader: DataLoader[Any] = DataLoader(
-            _Reader(dataset, self.data, self.seed, self.train),  # type: ignore[arg-type]
-            batch_sampler=self.order,  # type: ignore[arg-type]
-            num_workers=workers, collate_fn=_collate, persistent_workers=workers > 0,
-            prefetch_factor=4 if workers else None, worker_init_fn=_deaf, pin_memory=self.device.type == "cuda",
-            generator=torch.Generator(),  # its own, else torch's global one is drawn from
-        )  # fmt: skip
-        _readers.add(reader)
-        return reader
+        self._reader = None
+        if isinstance(dataset, Files):
+            reads, pin = _Reader(dataset, data, seed, train), self.device.type == "cuda"
+            self._reader = make_reader(reads, self.order, workers, _collate, ahead=4, pin=pin)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from `first_step` on. Raises `BrokenInput` for a broken picture (on_error: raise)."""
@@ -187,14 +179,17 @@ class Loader:
         """RandAugment, channels, normalization, erasing: what all sets share, batched on the device."""
         if self._randaugment is not None:
             images = self._randaugment(images, self.seed, epoch, part)
-        if self.channels == 1:
-            images = (images * sent(torch.tensor(LUMA), self.device)[:, None, None]).sum(1, keepdim=True)
-        elif self.channels != 3:
-            images = images[:, [c % 3 for c in range(self.channels)]]
-        images = images.sub(self._mean).div_(self._std)
+        images = with_channels(images, self.channels).sub(self._mean).div_(self._std)
         if self.train and self.data.augment.erasing:
             images = erase(images, self.data.augment.erasing, self.seed, epoch, part)
         return images
+
+
+def with_channels(images: Tensor, channels: int) -> Tensor:
+    """Pictures (b, 3, h, w) with the number of channels that a network takes: luma, RGB, or RGB again and again."""
+    if channels == 1:
+        return (images * sent(torch.tensor(LUMA), images.device)[:, None, None]).sum(1, keepdim=True)
+    return images if channels == 3 else images[:, [c % 3 for c in range(channels)]]
 
 
 def statistics(channels: int) -> tuple[Tensor, Tensor]:
@@ -214,6 +209,19 @@ def _deaf(_worker: int) -> None:
 _readers: weakref.WeakSet[DataLoader[Any]] = weakref.WeakSet()
 
 
+def make_reader(
+    reads: Any, order: Order, workers: int, collate: Callable[[list[Any]], Any], ahead: int, pin: bool = False
+) -> DataLoader[Any]:
+    """Batches of what `reads` makes of the keys of `order`, in workers; each has so many batches ahead."""
+    reader: DataLoader[Any] = DataLoader(
+        reads, batch_sampler=order, num_workers=workers, collate_fn=collate,  # type: ignore[arg-type]
+        persistent_workers=workers > 0, prefetch_factor=ahead if workers else None, worker_init_fn=_deaf,
+        pin_memory=pin, generator=torch.Generator(),  # its own, else torch's global one is drawn from
+    )  # fmt: skip
+    _readers.add(reader)
+    return reader
+
+
 def _end_workers() -> None:
     """Where an error ends the program, frames keep the readers alive; Python would ask their deaf workers to end, and
     wait for ever."""
@@ -230,9 +238,6 @@ class _Reader:
 
     def __init__(self, dataset: Files, data: Data, seed: int, train: bool) -> None:
         self.dataset, self.data, self.seed, self.train = dataset, data, seed, train
-
-    def __len__(self) -> int:
-        return len(self.dataset)
 
     def __getitem__(self, key: tuple[int, int]) -> Item:
         return self.__getitems__([key])[0]
@@ -265,16 +270,18 @@ class _Reader:
         """uint8 (3, H, W) each -> uint8 (3, S, S) each."""
         size, augment = self.data.image_size, self.data.augment
         if not self.train:
-            return [self._middle(image, size) for image in images]
+            return [middle(image, size) for image in images]
         sizes = np.array([image.shape[1:] for image in images], np.int64).reshape(-1, 2)
         boxes = boxes_in(sizes, self.seed, epoch, at, augment.scale).tolist()
         flips = (crop.flips(self.seed, epoch, at) & augment.flip).tolist()
         return [_crop(*each, size) for each in zip(images, boxes, flips, strict=True)]
 
-    def _middle(self, image: Tensor, size: int) -> Tensor:
-        image = _resample(image, [round(size * 256 / 224)])
-        top, left = (image.shape[1] - size) // 2, (image.shape[2] - size) // 2
-        return image[:, top : top + size, left : left + size]
+
+def middle(image: Tensor, size: int) -> Tensor:
+    """What an evaluation sees of a file: uint8 (3, H, W) -> uint8 (3, size, size)."""
+    image = _resample(image, [round(size * 256 / 224)])
+    top, left = (image.shape[1] - size) // 2, (image.shape[2] - size) // 2
+    return image[:, top : top + size, left : left + size]
 
 
 def _crop(image: Tensor, box: list[int], flip: bool, size: int) -> Tensor:

@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 
 from sdae.data import builtin
 from sdae.data.coco import THINNEST, Annotations, parsed
-from sdae.data.fingerprint import Listing, cache_folder, folder_of
+from sdae.data.fingerprint import Listing, asked, cache_folder, folder_of
 from sdae.data.randomness import OBJECTS, uniform
 from sdae.errors import UserError
-from sdae.files import write_atomically
+from sdae.files import read_record, write_atomically
 from sdae.sections import DetectData
 
 if TYPE_CHECKING:
@@ -82,26 +82,25 @@ def listing_of(data: DetectData) -> Listing:
     if data.name == "builtin":
         if (data.classes or 10) > builtin.MAX_CLASSES:
             raise UserError(f"data.classes: builtin has {builtin.MAX_CLASSES} classes, {data.classes} were asked for")
-        wanted = {"train": data.train_pictures, "val": data.val_pictures}
-        counts: dict[str, tuple[int, ...]] = {split: (n or BUILTIN_PICTURES[split],) for split, n in wanted.items()}
-        return Listing(builtin.class_names(data.classes or 10), counts)
+        train, val = data.train_pictures or BUILTIN_PICTURES["train"], data.val_pictures or BUILTIN_PICTURES["val"]
+        return Listing(builtin.class_names(data.classes or 10), {"train": (train,), "val": (val,)})
     root = _root(data)
     files = [root / "annotations" / f"instances_{split}2017.json" for split in BUILTIN_PICTURES]
     key = [[str(f), *_stamp(f)] for f in files] + [data.classes, data.on_error]
     cached = cache_folder() / "objects" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
-    try:
-        found = json.loads(cached.read_text())
-    except (OSError, ValueError):
+    found = None
+    with contextlib.suppress(OSError):
+        found = read_record(cached)
+    if found is None or {key: type(value) for key, value in found.items()} != {
+        "classes": list,
+        "train": int,
+        "val": int,
+    }:
         found = _found(data)
         with contextlib.suppress(OSError, UserError):  # a cache that cannot be written is no cache
             cached.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(cached, json.dumps(found))
-    counts = {}
-    for split, wish in (("train", data.train_pictures), ("val", data.val_pictures)):
-        if wish is not None and wish > found[split]:
-            raise UserError(f"data.{split}_pictures: {wish} were asked for, there are {found[split]}")
-        counts[split] = (wish or found[split],)
-    return Listing(tuple(found["classes"]), counts)
+    return Listing(tuple(found["classes"]), {split: (n,) for split, n in asked(data, found).items()})
 
 
 def _found(data: DetectData) -> dict[str, Any]:
@@ -127,10 +126,8 @@ def _with_objects(found: Annotations, usable: NDArray[np.bool_]) -> NDArray[np.i
 def open_objects(data: DetectData, split: Split, seed: int) -> ObjectSet:
     """The pictures of one split with their objects; `seed`: of the training augmentation. Raises `UserError`."""
     found = listing_of(data)
-    n = found.counts[split][0]
-    if data.name == "builtin":
-        return BuiltinObjects(data, split, seed, list(found.classes), n)
-    return JsonObjects(data, split, seed, list(found.classes), n)
+    kind = BuiltinObjects if data.name == "builtin" else JsonObjects
+    return kind(data, split, seed, list(found.classes), found.counts[split][0])
 
 
 class ObjectSet:

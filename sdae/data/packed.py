@@ -77,12 +77,11 @@ class Shards(Files):
     """Small JPEGs in large files. To the loader they are files that are read in another way."""
 
     def __init__(self, packed: Packed, labels: Tensor, classes: list[str]) -> None:
-        Dataset.__init__(self, labels, classes, packed.name)
+        Dataset.__init__(self, labels, classes)
         self.root, self.packed = packed.root, packed
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._name = self.packed.name
+    def path_of(self, i: int) -> str:
+        return self.packed.name(i)
 
     def read(self, i: int) -> Tensor:
         """Picture i, uint8 (3, H, W). Raises `UnreadableError`."""
@@ -95,12 +94,13 @@ class Shards(Files):
 class Mapped(Dataset):
     """uint8 (N, 3, side, side) in memory maps. sizes (N, 2): height and width before the pictures were squashed."""
 
-    resident = False
-
     def __init__(self, packed: Packed, labels: Tensor, classes: list[str], side: int) -> None:
-        super().__init__(labels, classes, packed.name)
+        super().__init__(labels, classes)
         self.packed, self.side = packed, side
         self.sizes = np.stack([packed.index[key][packed.rows] for key in ("height", "width")], 1).astype(np.int64)
+
+    def path_of(self, i: int) -> str:
+        return self.packed.name(i)
 
     def gather(self, at: NDArray[np.int64], pin: bool = False) -> Tensor:
         """uint8 (len(at), 3, side, side), copied out of the map; `pin`: into page-locked memory."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from sdae.data import builtin
-from sdae.data.fingerprint import Listing, folder_of, pictures_of
+from sdae.data.fingerprint import Listing, asked, folder_of, pictures_of
 from sdae.data.randomness import permutation
 from sdae.errors import UserError
 from sdae.files import read_plain
@@ -45,12 +45,7 @@ def listing_of(data: SegmentData) -> Listing:
         have = {split: len(_names(root, split)) for split in FOLDERS}
     if first is not None and first > len(classes):
         raise UserError(f"data.classes: {first} were asked for, {data.name} has {len(classes)}")
-    counts: dict[str, tuple[int, ...]] = {}
-    for split, wish in (("train", data.train_pictures), ("val", data.val_pictures)):
-        if wish is not None and wish > have[split]:
-            raise UserError(f"data.{split}_pictures: {wish} were asked for, there are {have[split]}")
-        counts[split] = (have[split] if wish is None else wish,)
-    return Listing(tuple(classes[:first]), counts)
+    return Listing(tuple(classes[:first]), {split: (n,) for split, n in asked(data, have).items()})
 
 
 def root_of(data: SegmentData) -> Path:

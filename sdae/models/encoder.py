@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -103,7 +102,7 @@ def drop_path_rates(rate: float, depth: int) -> list[float]:
     return [rate * i / max(depth - 1, 1) for i in range(depth)]
 
 
-@functools.lru_cache(maxsize=64)
+@lru_cache(maxsize=64)
 def relative_index(height: int, width: int, cls: bool) -> Tensor:
     """Which row of a table of offsets each pair of tokens takes: int64 (N, N), N = h w, and one more with `cls`.
 
@@ -119,7 +118,7 @@ def relative_index(height: int, width: int, cls: bool) -> Tensor:
     return index
 
 
-@functools.lru_cache(maxsize=64)
+@lru_cache(maxsize=64)
 def offset_weights(known: int, wanted: int) -> Tensor:
     """How the offsets of `wanted` patches in a row are made of those of `known`: (2 wanted - 1, 2 known - 1).
 
@@ -198,11 +197,6 @@ class Encoder(nn.Module):
         self.norm = LayerNorm(self.width)
         speed_up(self)
 
-    @property
-    def tokens(self) -> int:
-        """L, the number of patches of a picture."""
-        return self.side**2
-
     def embed(self, patches: Tensor, ids: Tensor | None = None) -> Tensor:
         """Embeds the patches (B, L, C p^2) named by `ids` (B, n), or all of them, and adds their positions."""
         projection = self.patch_embed.proj
@@ -242,8 +236,10 @@ class Encoder(nn.Module):
         """The student's initialization: xavier-uniform and sin-cos positions."""
         self.pos_embed.data.copy_(sincos_positions(self.width, self.side))
         init_xavier(self)
-        nn.init.xavier_uniform_(self.patch_embed.proj.weight.data.view(self.width, -1))
-        init_conv_bias(self.patch_embed.proj)
+        projection = self.patch_embed.proj
+        nn.init.xavier_uniform_(projection.weight.data.view(self.width, -1))
+        bound = 1 / math.sqrt(projection.weight[0].numel())  # PyTorch's own for a Conv2d's bias
+        nn.init.uniform_(projection.bias, -bound, bound)
         nn.init.normal_(self.cls_token, std=0.02)
 
     def init_timm(self) -> None:
@@ -266,10 +262,3 @@ def init_xavier(module: nn.Module) -> None:
             nn.init.zeros_(child.bias)
         elif isinstance(child, nn.LayerNorm):
             child.reset_parameters()
-
-
-def init_conv_bias(conv: nn.Conv2d) -> None:
-    """PyTorch's Conv2d default for the bias."""
-    bound = 1 / math.sqrt(conv.weight[0].numel())
-    assert conv.bias is not None
-    nn.init.uniform_(conv.bias, -bound, bound)

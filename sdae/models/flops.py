@@ -9,7 +9,7 @@ embeds fewer. ViT-B/16 at 224 px, decoder 8 x 512: MAE 58.46 GFLOP an image; wit
 from __future__ import annotations
 
 from sdae.config import Config, Detect, Segment
-from sdae.sections import Method, Model, Teacher
+from sdae.sections import Method, Model
 
 
 def blocks(tokens: int, width: int, depth: int, mlp_ratio: float) -> float:
@@ -30,18 +30,10 @@ def teacher(model: Model, method: Method, tokens: int, masked: int) -> float:
     """The teacher's forward pass of one picture of `tokens` patches, `masked` of them masked; 0 for MAE."""
     if method.teacher is None:
         return 0.0
-    return embedding(model, tokens) + _view(model, method.teacher, tokens, masked)
-
-
-def _view(model: Model, view: Teacher, tokens: int, masked: int) -> float:
-    if view.view == "full":
-        return encoder(model, tokens)
-    if view.view == "crop":
-        return encoder(model, _whole(view.tokens))
-    if view.view == "folds":
-        folds = _whole(view.folds)
-        return folds * encoder(model, masked // folds)
-    return encoder(model, masked)
+    view = method.teacher
+    folds = view.folds or 1  # a view's unused keys are null
+    length = tokens if view.view == "full" else (view.tokens or masked) // folds
+    return embedding(model, tokens) + folds * encoder(model, length)
 
 
 def pretraining(model: Model, method: Method, tokens: int, masked: int) -> float:

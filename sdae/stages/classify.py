@@ -10,11 +10,11 @@ from torch.nn import functional as F
 
 from sdae.config import Finetune, Linprobe
 from sdae.data import Batch, Dataset, mix, open_dataset
+from sdae.errors import UserError
 from sdae.models.classifier import Classifier
 from sdae.models.flops import per_image
-from sdae.stages.session import INIT, Session, drop_factors, loader, seed_of
-from sdae.training import checkpoints
-from sdae.training.loop import autocast, fit
+from sdae.stages.session import INIT, Session, drop_factors, loader, outcome, seed_of
+from sdae.training.loop import Task, autocast, fit
 from sdae.training.optimizers import lars, parameter_groups
 from sdae.weights import load_init
 
@@ -23,8 +23,6 @@ def run(config: Finetune | Linprobe, session: Session) -> dict[str, Any]:
     """Trains to the end and evaluates every validation picture once: top-1 and top-5 in percent."""
     train_set, val_set = open_dataset(config.data, "train"), open_dataset(config.data, "val")
     if val_set.classes != train_set.classes:
-        from sdae.errors import UserError
-
         raise UserError("data: train and val have different classes")
     train = loader(session, config, train_set, config.seed, config.optim.batch_size, train=True)
     module = build(config, session, len(train_set.classes))
@@ -36,18 +34,8 @@ def run(config: Finetune | Linprobe, session: Session) -> dict[str, Any]:
     scores = task.evaluate()
     if config.optim.weight_ema:  # what was scored is what is kept
         task.use_averages()
-    weights = {}
-    if session.world.first:
-        path = session.folder.checkpoints / "model.safetensors"
-        metadata = {"run": session.folder.id, "stage": config.stage, "classes": train_set.classes}
-        weights[path.name] = checkpoints.save_weights(path, module.state_dict(), metadata)
-    rows = session.folder.metrics()
     skipped = [*train.skipped.values(), *task.skipped.values()]
-    return {
-        "metrics": {**scores, "loss": rows[-1]["loss"], "epochs": config.optim.epochs},
-        "weights": weights,
-        "skipped": session.world.union(skipped),
-    }
+    return outcome(session, config, module, train_set.classes, scores, skipped, epochs=config.optim.epochs)
 
 
 def build(config: Finetune | Linprobe, session: Session, classes: int) -> Classifier:
@@ -101,7 +89,7 @@ def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     return -(target * F.log_softmax(logits.float(), dim=1)).sum(1).mean()
 
 
-class ClassifyTask:
+class ClassifyTask(Task):
     def __init__(
         self, config: Finetune | Linprobe, session: Session, classifier: Classifier, classes: int, val_set: Dataset
     ):
@@ -132,10 +120,6 @@ class ClassifyTask:
         )
         return images, target, drop
 
-    def part(self, inputs: tuple[Any, ...], start: int, stop: int) -> tuple[Any, ...]:
-        images, target, drop = inputs
-        return images[start:stop], target[start:stop], None if drop is None else drop[:, :, start:stop]
-
     def _averages(self) -> list[Tensor]:
         named = self.classifier.named_parameters()
         return [getattr(self.module, f"ema_{name.replace('.', '_')}") for name, _ in named]
@@ -152,9 +136,6 @@ class ClassifyTask:
     def after_epoch(self, epoch: int) -> dict[str, float]:
         every = self.config.probe.eval_every
         return self.evaluate() if every and epoch % every == 0 and epoch < self.config.optim.epochs else {}
-
-    def watch(self, output: Any) -> dict[str, float]:
-        return {}
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:

@@ -5,10 +5,10 @@ The method and MAE at the same shapes take turns, repeat by repeat, so that a ma
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import statistics
-import sys
 import time
 from typing import Any
 
@@ -154,8 +154,5 @@ class Bench:
 
 def release_memory() -> None:
     gc.collect()
-    if sys.platform == "linux":
-        try:
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
-        except (OSError, AttributeError):
-            return  # another C library: the resident set stays a little higher
+    with contextlib.suppress(OSError, AttributeError):  # another C library: the resident set stays a little higher
+        ctypes.CDLL("libc.so.6").malloc_trim(0)

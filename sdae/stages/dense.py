@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,15 +11,15 @@ from PIL.Image import Image
 from torch import nn
 
 from sdae.config import Detect, Segment
-from sdae.data.dense import DenseBatch, DenseLoader, DenseSet
+from sdae.data.dense import DenseLoader, DenseSet
 from sdae.drawing import beside
 from sdae.errors import UserError
 from sdae.models.dense import Pyramid
 from sdae.models.flops import per_image
-from sdae.stages.session import INIT, Session, drop_factors, seed_of
+from sdae.stages.session import INIT, Session, drop_factors, outcome, seed_of
 from sdae.store import RunFolder
-from sdae.training import checkpoints
-from sdae.training.loop import fit
+from sdae.training.checkpoints import load_model
+from sdae.training.loop import Task, fit
 from sdae.training.optimizers import parameter_groups
 from sdae.weights import load_init
 
@@ -26,10 +27,8 @@ SHOWN = 4  # validation pictures that a run keeps with its predictions
 UNDECAYED = ("cls_token", "pos_embed", "relative_position_bias_table")
 
 
-class DenseTask:
-    """A task of the loop (`sdae.training.loop.Task`); a stage brings `inputs`, `part` and `evaluate`."""
-
-    module: nn.Module
+class DenseTask(Task):
+    """A stage brings `inputs`, `evaluate` and `picture`."""
 
     def __init__(self, config: Segment | Detect, session: Session, module: nn.Module, val_set: DenseSet):
         self.config, self.session, self.module, self.val_set = config, session, module, val_set
@@ -45,21 +44,9 @@ class DenseTask:
         model, seed = self.config.model, self.config.seed
         return drop_factors(model.drop_path, model.depth or 0, seed, step, first, count, total, self.device)
 
-    def inputs(self, batch: DenseBatch, step: int, first: int, total: int) -> tuple[Any, ...]:
-        raise NotImplementedError
-
     def part(self, inputs: tuple[Any, ...], start: int, stop: int) -> tuple[Any, ...]:
         assert start == 0 and stop >= len(inputs[0]), "BatchNorm is over the global batch, so nothing is accumulated"
         return inputs
-
-    def after_step(self, step: int, epoch: int) -> None:
-        return
-
-    def after_epoch(self, epoch: int) -> dict[str, float]:
-        return {}
-
-    def watch(self, output: Any) -> dict[str, float]:
-        return {}
 
     def evaluate(self) -> dict[str, float]:
         """Every validation picture once, over all ranks: the scores that the result holds."""
@@ -100,18 +87,10 @@ def run(
     task = task_of(config, session, module, val_set)
     fit(task, config, session.folder, train, session.world, session.pulse, session.stop)  # type: ignore[arg-type]
     scores = task.evaluate()
-    weights = {}
     if session.world.first:
         illustrate(task)
-        path = session.folder.checkpoints / "model.safetensors"
-        metadata = {"run": session.folder.id, "stage": config.stage, "classes": train_set.classes}
-        weights[path.name] = checkpoints.save_weights(path, module.state_dict(), metadata)
-    rows = session.folder.metrics()
-    return {
-        "metrics": {**scores, "loss": rows[-1]["loss"], "steps": config.optim.steps},
-        "weights": weights,
-        "skipped": session.world.union([*train.skipped.values(), *task.skipped.values()]),
-    }
+    skipped = [*train.skipped.values(), *task.skipped.values()]
+    return outcome(session, config, module, train_set.classes, scores, skipped, steps=config.optim.steps)
 
 
 def illustrate(task: DenseTask) -> None:
@@ -137,16 +116,9 @@ def build(config: Segment | Detect, session: Session, module: nn.Module) -> nn.M
     return module.to(session.world.device)
 
 
-def load_trained(
-    folder: RunFolder, stage: str, network: Callable[[Any, int], nn.Module]
-) -> tuple[Any, nn.Module, list[str]]:
+def load_trained(folder: RunFolder, stage: str, network: Callable[[Any, int], nn.Module]) -> tuple[Any, Any, list[str]]:
     """Config, network (on the CPU, in eval mode) and class names of a finished run. Raises `UserError`."""
     config = folder.config()
     if config is None or config.stage != stage:
         raise UserError(f"{folder.path}: not a finished run of the stage {stage}")
-    result = folder.outcome()
-    weights, classes = checkpoints.load_model(folder, result)
-    checkpoints.must_fit(weights, lambda: network(config, len(classes)), str(folder.path))
-    module = network(config, len(classes))
-    module.load_state_dict(weights)
-    return config, module.eval(), classes
+    return config, *load_model(folder, partial(network, config))

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -95,12 +94,9 @@ class DetectTask(dense.DenseTask):
             (answer,) = batch.answers
             found = detected(self.module, self.config, batch.images, batch.sizes[0], answer["size"])
             detections += as_results(found, answer["image_id"], answer["size"])
-        every = gathered(detections, world.size)
-        outcome: list[Any] = [score(self.val_set.ground_truth(), every)] if world.first else [None]
-        if world.size > 1:
-            dist.broadcast_object_list(outcome)
-        scores: dict[str, float]
-        scores, record = outcome[0]
+        # In an order that does not depend on the number of ranks
+        every = sorted(world.together(detections), key=lambda one: int(one["image_id"]))
+        scores, record = world.told(score(self.val_set.ground_truth(), every) if world.first else ({}, {}))
         if world.first:
             record = {"classes": self.val_set.classes, **record, "left_out": self.left_out}
             self.session.folder.write("evaluation.json", record)
@@ -112,15 +108,6 @@ class DetectTask(dense.DenseTask):
         truth = {name: t.numpy() for name, t in seen(scene, (0, 0, *size), size, False).items()}
         truth["labels"] = truth["labels"] - 1
         return drawn(image, truth, names), drawn(image, surest(predict(self.module, self.config, image), SURE), names)
-
-
-def gathered(detections: list[dict[str, Any]], ranks: int) -> list[dict[str, Any]]:
-    """Those of all ranks, in an order that does not depend on the number of ranks."""
-    if ranks > 1:
-        parts: list[list[dict[str, Any]]] = [[] for _ in range(ranks)]
-        dist.all_gather_object(parts, detections)
-        detections = [one for part in parts for one in part]
-    return sorted(detections, key=lambda one: int(one["image_id"]))
 
 
 @torch.no_grad()
@@ -229,4 +216,4 @@ def drawn(image: Tensor, found: Found, classes: list[str]) -> Image.Image:
 
 def load_trained(folder: RunFolder) -> tuple[Detect, MaskRCNN, list[str]]:
     """The network of a finished run, on the CPU, with its config and the names of its classes. Raises `UserError`."""
-    return dense.load_trained(folder, "detect", network)  # type: ignore[arg-type, return-value]
+    return dense.load_trained(folder, "detect", network)

@@ -172,4 +172,4 @@ def predict(module: UperNet, config: Segment, image: Tensor) -> Tensor:
 
 def load_trained(folder: RunFolder) -> tuple[Segment, UperNet, list[str]]:
     """The network of a finished run, on the CPU, with its config and the names of its classes. Raises `UserError`."""
-    return dense.load_trained(folder, "segment", network)  # type: ignore[arg-type, return-value]
+    return dense.load_trained(folder, "segment", network)

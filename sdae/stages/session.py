@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from sdae.config import CostRun, Finetune, Linprobe, Pretrain
+from sdae.config import CostRun, Detect, Finetune, Linprobe, Pretrain, Segment
 from sdae.data import Dataset, Loader
 from sdae.data.randomness import hashed
 from sdae.data.transfer import pinned, sent
 from sdae.models.encoder import drop_path_rates
 from sdae.store import RunFolder, Store
+from sdae.training.checkpoints import save_weights
 from sdae.training.distributed import World
 from sdae.training.loop import Stop
 from sdae.training.telemetry import Pulse
@@ -94,6 +97,20 @@ class Masking:
 def masking(config: Pretrain | CostRun, device: torch.device) -> Masking:
     model = config.model
     return Masking(config.seed, config.tokens, model.drop_path, model.depth or 0, device, device.type == "cuda")
+
+
+def outcome(
+    session: Session, config: Finetune | Linprobe | Segment | Detect, module: nn.Module, classes: list[str],
+    scores: dict[str, float], skipped: Iterable[str], **length: int,
+) -> dict[str, Any]:  # fmt: skip
+    """What a run with labels gives: its network is saved, and the last loss stands beside its scores."""
+    weights = {}
+    if session.world.first:
+        path = session.folder.checkpoints / "model.safetensors"
+        metadata = {"run": session.folder.id, "stage": config.stage, "classes": classes}
+        weights[path.name] = save_weights(path, module.state_dict(), metadata)
+    loss = session.folder.metrics()[-1]["loss"]
+    return {"metrics": {**scores, "loss": loss, **length}, "weights": weights, "skipped": session.world.union(skipped)}
 
 
 def loader(

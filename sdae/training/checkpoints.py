@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sdae.errors import UserError
 from sdae.files import checksum, read_record, to_json, write_atomically, written
-from sdae.released import header_size
+from sdae.released import header_size, plain
 from sdae.store import RunFolder
 from sdae.upkeep import pruned as pruned_of
 
@@ -68,23 +68,23 @@ def load_weights(path: Path, digest: str | None = None) -> tuple[dict[str, Tenso
         raise UserError(f"{path}: no such checkpoint{cure if removed else ''}") from None
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: not a whole safetensors file: {error}") from None
-    decoded: dict[str, Any] = {}
-    for key, value in metadata.items():
-        try:
-            decoded[key] = json.loads(value)
-        except (ValueError, RecursionError):
-            decoded[key] = value
-    return tensors, decoded
+    return tensors, {key: plain(value) for key, value in metadata.items()}
 
 
-def load_model(folder: RunFolder, result: dict[str, Any]) -> tuple[dict[str, Tensor], list[str]]:
-    """The network and the class names of a finished run with labels, checksum proved. Raises UserError."""
+def load_model(folder: RunFolder, network: Callable[[int], nn.Module]) -> tuple[Any, list[str]]:
+    """The network (on the CPU, in eval mode) and the class names of a finished run with labels, checksum proved.
+
+    network: makes it for so many classes. Raises UserError.
+    """
     file = folder.checkpoints / "model.safetensors"
-    tensors, metadata = load_weights(file, result["weights"].get(file.name))
+    tensors, metadata = load_weights(file, folder.outcome()["weights"].get(file.name))
     classes = metadata.get("classes")
     if not isinstance(classes, list) or not classes or not all(isinstance(name, str) for name in classes):
         raise UserError(f"{file}: its metadata names no classes")
-    return tensors, classes
+    must_fit(tensors, lambda: network(len(classes)), str(folder.path))
+    module = network(len(classes))
+    module.load_state_dict(tensors)
+    return module.eval(), classes
 
 
 def must_fit(tensors: dict[str, Tensor], network: Callable[[], nn.Module], where: str) -> None:

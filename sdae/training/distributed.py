@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from sdae.errors import UserError
 from sdae.sections import Efficiency
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -47,18 +50,20 @@ class World:
             dist.all_reduce(value, dist.ReduceOp.MIN)
         return value
 
+    def together(self, mine: Iterable[T]) -> list[T]:
+        """What all ranks have, rank by rank."""
+        found = [list(mine)] * self.size
+        if self.size > 1:
+            dist.all_gather_object(found, found[self.rank])
+        return [one for part in found for one in part]
+
     def union(self, names: Iterable[str]) -> list[str]:
         """The names that some rank has, sorted."""
-        found: list[list[str]] = [list(names)]
-        if self.size > 1:
-            everywhere: list[list[str]] = [[] for _ in range(self.size)]
-            dist.all_gather_object(everywhere, found[0])
-            found = everywhere
-        return sorted({name for part in found for name in part})
+        return sorted(set(self.together(names)))
 
-    def told(self, text: str | None) -> str | None:
+    def told(self, value: T) -> T:
         """What the first rank says; ranks must call it together."""
-        said = [text]
+        said = [value]
         if self.size > 1:
             dist.broadcast_object_list(said, device=torch.device("cpu"))
         return said[0]

@@ -8,7 +8,7 @@ import contextlib
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from types import FrameType
 from typing import Any, Protocol
@@ -36,26 +36,31 @@ from sdae.training.sharding import like, whole, whole_state
 
 
 class Task(Protocol):
-    """What a stage brings to the loop."""
+    """What a stage brings to the loop. What most stages do alike they may inherit."""
 
     module: nn.Module  # all that is saved; its forward takes what `inputs` returns and gives a scalar loss first
     optimizer: torch.optim.Optimizer
     gflop_per_image: float
 
-    def inputs(self, batch: Batch, step: int, first: int, total: int) -> tuple[Any, ...]:
+    def inputs(self, batch: Any, step: int, first: int, total: int) -> tuple[Any, ...]:
         """This rank's part of the global batch (pictures first .. of total), its share of the step's draws included."""
 
     def part(self, inputs: tuple[Any, ...], start: int, stop: int) -> tuple[Any, ...]:
-        """A micro-batch of the inputs."""
+        """A micro-batch of the inputs: here pictures, what goes with each, and stochastic-depth factors."""
+        images, beside, drop = inputs
+        return images[start:stop], beside[start:stop], None if drop is None else drop[:, :, start:stop]
 
     def after_step(self, step: int, epoch: int) -> None:
         """Once per optimizer step."""
+        return
 
     def after_epoch(self, epoch: int) -> dict[str, float]:
         """Once per completed epoch (counted from 1); what it returns is logged."""
+        return {}
 
     def watch(self, output: Any) -> dict[str, float]:
         """Science metrics of the last forward pass, asked for when a row is logged."""
+        return {}
 
 
 def fit(
@@ -126,14 +131,9 @@ def fit(
             ends_epoch = step % per_epoch == 0
             if step % efficiency.log_every == 0 or ends_epoch or step == steps:
                 guard.check(task, config, run, loader)
-                row: dict[str, Any] = {
-                    "step": step,
-                    "epoch": round(step / per_epoch, 4),
-                    "loss": mean_loss(sums, world),
-                    "lr": lr,
-                }
-                row |= task.watch(output)
-                row |= meter.row()
+                loss = world.sum(sums.clone())[0] / sums[1]  # mean over all ranks and the steps since the last row
+                row: dict[str, Any] = {"step": step, "epoch": round(step / per_epoch, 4), "loss": float(loss), "lr": lr}
+                row |= task.watch(output) | meter.row()
                 if ends_epoch:
                     row |= task.after_epoch(step // per_epoch)
                     task.module.train()
@@ -146,9 +146,7 @@ def fit(
             pulse.tell(step=step, steps=steps, epoch=round(step / per_epoch, 3), epochs=epochs)
 
             halt = stop.agreed(world, step)
-            overdue = (
-                world.any(time.monotonic() - saved > 60 * efficiency.checkpoint_minutes) if step % 10 == 0 else False
-            )
+            overdue = step % 10 == 0 and world.any(time.monotonic() - saved > 60 * efficiency.checkpoint_minutes)
             if (halt or overdue) and step < steps:
                 guard.check(task, config, run, loader)
                 save(task, run, step, sums, world, kernel)
@@ -215,12 +213,6 @@ def save(task: Task, run: RunFolder, step: int, sums: Tensor, world: World, kern
         metadata = {"id": run.id, **attention.remembered(kernel, world.device)}
         checkpoints.save_state(run.checkpoints, step, state, metadata)
     world.wait()
-
-
-def mean_loss(sums: Tensor, world: World) -> float:
-    """Mean over the steps since the last row and over all pictures of all ranks."""
-    total = world.sum(sums.clone())
-    return float(total[0] / sums[1])
 
 
 class LossGuard:
@@ -302,7 +294,4 @@ class Stop:
         """Ranks must stop at the same step, so several ask one another at every tenth."""
         if world.size == 1:
             return self.asked
-        return world.any(self.asked) if step % 10 == 0 else False
-
-
-Progress = Callable[[dict[str, Any]], None]
+        return step % 10 == 0 and world.any(self.asked)

@@ -6,6 +6,7 @@ Nothing here changes a number beyond rounding; `optim.bf16_gradients`, which doe
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from inspect import signature
 from typing import Any
 
@@ -113,13 +114,9 @@ def is_sharded(module: nn.Module) -> bool:
     return hasattr(module, "set_requires_gradient_sync")
 
 
-def gathered(module: nn.Module) -> contextlib.AbstractContextManager[Any]:
-    """Inside, the parameters of a shared module are whole, also outside its forward pass."""
-    return _gathered(module) if any(map(is_sharded, module.modules())) else contextlib.nullcontext()
-
-
 @contextlib.contextmanager
-def _gathered(module: nn.Module) -> Any:
+def gathered(module: nn.Module) -> Iterator[None]:
+    """Inside, the parameters of a shared module are whole, also outside its forward pass."""
     shared: list[Any] = [child for child in module.modules() if is_sharded(child)]
     for child in shared:
         child.unshard()

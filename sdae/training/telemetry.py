@@ -50,12 +50,10 @@ def peak_memory(device: torch.device) -> int | None:
     """Peak bytes since `reset_peak_memory`: what the GPU's allocator held; on CPU the resident set, on Linux only."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:
+    with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
-    except OSError:
-        pass
     return None
 
 
