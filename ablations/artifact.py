@@ -149,8 +149,7 @@ def load_artifact(name_or_path: str | Path, scale: str | Path | Scale = "paper")
     if own and path.suffix not in (".yaml", ".yml"):
         raise UserError(f"artifact {text!r} is unknown (allowed: {', '.join(available())}, or a YAML file of your own)")
     name = path.stem
-    if own and (name in available() or not re.fullmatch(r"[A-Za-z0-9][\w-]*", name)):
-        taken = name in available()
+    if own and ((taken := name in available()) or not re.fullmatch(r"[A-Za-z0-9][\w-]*", name)):
         reason = "is that of one of the suite's own" if taken else "has other signs than letters, digits, - and _"
         raise UserError(f"{path}: the file's name is the artifact's name, and {name!r} {reason}; rename it")
     try:
@@ -231,20 +230,19 @@ def _add_row(artifact: Artifact, file: ArtifactFile, template: str, row: RowFile
         runs = {k: _fill(v, values, f"{where}.runs.{k}") for k, v in merged.items() if v is not None}
     for key, column in file.columns.items():
         cell = f"{artifact.name}.{name}.{key}"
-        taken_away = row.runs is not None and column.run in row.runs and row.runs[column.run] is None
-        filled = row.runs is not None and column.run is not None and not taken_away
-        artifact.cells[cell] = Cell(cell, artifact.name, name, key, column.metric if filled else None)
-        if filled and column.run is not None and column.metric is not None:
-            if column.run not in runs:
+        run, metric = column.run, column.metric
+        if row.runs is None or (run in row.runs and row.runs[run] is None):  # no row of runs, or taken away
+            run = metric = None
+        artifact.cells[cell] = Cell(cell, artifact.name, name, key, metric)
+        if run is not None and metric is not None:
+            if run not in runs:
                 there = ", ".join(runs) or "none"
-                raise UserError(f"{where}: columns.{key} wants the run {column.run!r} (there are: {there})")
-            stage = recipes().get(str(runs[column.run].get("recipe")), {}).get("stage")
-            if stage and column.metric not in METRICS[stage]:
-                raise UserError(
-                    f"{artifact.path}: columns.{key}.metric: {column.metric!r} is unknown for {stage} "
-                    f"(allowed: {', '.join(METRICS[stage])})"
-                )
-            artifact.specs[cell] = (column.run, runs)
+                raise UserError(f"{where}: columns.{key} wants the run {run!r} (there are: {there})")
+            stage = recipes().get(str(runs[run].get("recipe")), {}).get("stage")
+            if stage and metric not in METRICS[stage]:
+                allowed = f"(allowed: {', '.join(METRICS[stage])})"
+                raise UserError(f"{artifact.path}: columns.{key}.metric: {metric!r} is unknown for {stage} {allowed}")
+            artifact.specs[cell] = (run, runs)
 
 
 def _fill(value: Any, values: Mapping[str, Scalar], where: str, whole: bool = True) -> Any:

@@ -27,8 +27,7 @@ LENGTHS = (100, 300, 1600)  # the paper's pre-trainings, in epochs
 SNAPSHOTS = 15  # encoders kept along a pre-training (Figure 4c)
 
 Factor = Annotated[float, Field(gt=0, le=1)]
-
-
+SECTIONS: dict[str, type[BaseModel]] = {"data": Data, "model": Model, "efficiency": Efficiency, "probe": Probe}
 DENSE = ("segment", "detect")  # stages with pictures of their own, which a recipe names
 
 
@@ -116,15 +115,12 @@ def load_scale(name: str | Path | Scale) -> Scale:
         raise UserError(f"{path}: pictures: missing (how many training pictures; or set data.train_pictures)")
     try:
         scale = Scale.model_validate({"name": path.stem, **values})
-        for key, model in (("data", Data), ("model", Model), ("efficiency", Efficiency), ("probe", Probe)):
+        for key, model in SECTIONS.items():
             model.model_validate(getattr(scale, key))
     except ValidationError as error:
-        owner: type[BaseModel] = Scale
-        prefix = ""
-        for candidate in (Data, Model, Efficiency, Probe):
-            if error.title == candidate.__name__:
-                owner, prefix = candidate, f"{candidate.__name__.lower()}."
-        raise UserError(f"{path}: {prefix}{explain(error, owner)}") from None
+        section = error.title.lower()
+        prefix = f"{section}." if section in SECTIONS else ""
+        raise UserError(f"{path}: {prefix}{explain(error, SECTIONS.get(section, Scale))}") from None
     except UserError as error:  # an unknown arch
         raise UserError(f"{path}: {error}") from None
     if path.parent != HERE / "scales" and scale.name in scales():

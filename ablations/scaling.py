@@ -9,11 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import fsum
 
-from ablations.cost import Calibration, done_runs, gpu_hours
+from ablations.cost import gpu_hours
 from ablations.planner import Sweep
 from sdae.config import Pretrain
 from sdae.models.flops import per_image, teacher
-from sdae.store import Store
 
 BUCKET = 25 * 2**20  # bytes that DDP exchanges at a time
 BACKWARD = 2 / 3  # of the student's arithmetic
@@ -88,12 +87,11 @@ def step(config: Pretrain, gpus: int, speed: float, cluster: Cluster) -> Step:
     return Step(gpus, batch, compute, exchange, max(exchange - hidden, last))
 
 
-def paper_hours(sweep: Sweep, store: Store, calibration: Calibration | None = None) -> dict[str, tuple[float, float]]:
+def paper_hours(sweep: Sweep) -> dict[str, tuple[float, float]]:
     """Low and high GPU-hours of a sweep's runs by stage, on one GPU each: no exchange is counted."""
-    done, hours = done_runs(sweep, store), dict[str, list[tuple[float, float]]]()
+    hours: dict[str, list[tuple[float, float]]] = {}
     for run in sweep.runs.values():
-        if run.id not in done:
-            hours.setdefault(run.config.stage, []).append(gpu_hours(run, calibration, sweep.scale.pictures))
+        hours.setdefault(run.config.stage, []).append(gpu_hours(run, pictures=sweep.scale.pictures))
     return {stage: (fsum(low for low, _ in v), fsum(high for _, high in v)) for stage, v in hours.items()}
 
 

@@ -6,6 +6,7 @@ import itertools
 import math
 import os
 import platform
+import re
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,7 +21,7 @@ from sdae.models.flops import per_image
 from sdae.sections import Data
 from sdae.store import Store
 from sdae.yamls import merge
-from slurm.doctor_cluster import examine_cluster
+from slurm.doctor_cluster import examine_cluster, finding
 from slurm.machine import cpus
 from slurm.profile import load_profile
 
@@ -34,17 +35,17 @@ def examine(store: Store, profile: Path | None = None) -> list[dict[str, Any]]:
     file, to be checked against this machine's cluster as well."""
     asked = load_profile(profile) if profile else None
     checks = [
-        _check("python", sys.version_info >= (3, 11), f"{platform.python_version()} (3.11 or newer)"),
+        finding("python", sys.version_info >= (3, 11), f"{platform.python_version()} (3.11 or newer)"),
         *packages(),
         _devices(),
-        _check("cores", True, f"{cpus()} usable, OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'unset')}"),
+        finding("cores", True, f"{cpus()} usable, OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'unset')}"),
         _store("store", store),
         _store("cache", Store(cache_folder())),
     ]
     for row in pictures():
         detail = row["problem"] or f"{row['train']:,} + {row['val']:,} pictures, {row['classes']} classes"
         what = f"pictures of scale {row['scale']}" + (f", {row['stage']}" if row["stage"] != "pretrain" else "")
-        checks.append(_check(what, None if row["problem"] else True, detail))
+        checks.append(finding(what, None if row["problem"] else True, detail))
     return checks + (examine_cluster(asked, store.root) if asked else [])
 
 
@@ -86,11 +87,11 @@ def feeding(store: Store, scale: str, seconds: float = 10.0) -> list[dict[str, A
     for form, rate in found["rates"].items():
         text = f"{rate['per_core']:,.0f} images/s per core up to the device, {rate['all']:,.0f} in all, cut and "
         text += f"normalized on {found['device']}, with efficiency.workers {found['workers']}"
-        rows.append(_check(f"feeds from {form}", True, text + (f" ({pictures})" if form == found["source"] else "")))
+        rows.append(finding(f"feeds from {form}", True, text + (f" ({pictures})" if form == found["source"] else "")))
     low, high, how = _taken(config, store, found["device"])
-    rows.append(_check("model takes", True, f"{_rate(low)} to {_rate(high)} images/s ({how})"))
+    rows.append(finding("model takes", True, f"{_rate(low)} to {_rate(high)} images/s ({how})"))
     enough, what = advice(found, RESERVE * high, cores, config.efficiency.workers)
-    rows.append(_check("input", enough, f"{_rate(RESERVE * high)} images/s are wanted; {what}"))
+    rows.append(finding("input", enough, f"{_rate(RESERVE * high)} images/s are wanted; {what}"))
     return rows
 
 
@@ -142,18 +143,14 @@ def _taken(config: Config, store: Store, device: str) -> tuple[float, float, str
     return MFU[0] * peak / flop, MFU[1] * peak / flop, f"{how} {peak / 1e12:,.2f} TFLOP/s, {config.precision}"
 
 
-def _check(name: str, ok: bool | None, detail: str) -> dict[str, Any]:
-    return {"check": name, "ok": ok, "detail": detail}
-
-
 def _package(name: str, least: tuple[int, int]) -> dict[str, Any]:
     wanted = ".".join(map(str, least))
     try:
         found = version(name)
     except PackageNotFoundError:
-        return _check(name, False, f"not installed ({wanted} or newer)")
-    numbers = tuple(int(part) for part in found.split("+")[0].split(".")[:2])
-    return _check(name, numbers >= least, f"{found} ({wanted} or newer)")
+        return finding(name, False, f"not installed ({wanted} or newer)")
+    numbers = tuple(map(int, re.findall(r"\d+", found)[:2]))
+    return finding(name, numbers >= least, f"{found} ({wanted} or newer)")
 
 
 def _devices() -> dict[str, Any]:
@@ -162,8 +159,8 @@ def _devices() -> dict[str, Any]:
 
         found = environment()
     except (ImportError, AttributeError) as error:
-        return _check("devices", False, f"torch cannot be imported: {error}")
-    return _check("devices", True, f"{', '.join(found['gpus']) or 'no GPU'}; {found['cpu']}")
+        return finding("devices", False, f"torch cannot be imported: {error}")
+    return finding("devices", True, f"{', '.join(found['gpus']) or 'no GPU'}; {found['cpu']}")
 
 
 def _store(name: str, store: Store) -> dict[str, Any]:
@@ -171,7 +168,7 @@ def _store(name: str, store: Store) -> dict[str, Any]:
     try:
         store.open()
     except UserError as error:
-        return _check(name, False, str(error))
+        return finding(name, False, str(error))
     if not existed:
-        Path(store.root).rmdir()
-    return _check(name, True, f"{store.root} can be written")
+        store.root.rmdir()
+    return finding(name, True, f"{store.root} can be written")

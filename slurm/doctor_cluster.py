@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
-import pwd
 import re
 import shutil
 import sys
@@ -15,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sdae.config import STAGES
-from slurm.cluster import Busy, NoSlurm, Refused, Slurm
+from slurm.cluster import Busy, NoSlurm, Refused, Slurm, me
 from slurm.profile import Profile, Resources, to_minutes
 
 TIMEOUT = 20.0  # seconds that one question to Slurm may take
@@ -42,20 +40,23 @@ def examine_cluster(profile: Profile, store: Path, timeout: float = TIMEOUT) -> 
     name = "slurm"
     try:
         slurm = Slurm(timeout)
-        rows.append(_programs(slurm))
+        missing = [p for p in ("squeue", "scancel", "scontrol", "sinfo", "srun") if shutil.which(p) is None]
+        absent = f"; not on the PATH: {', '.join(missing)}" if missing else ""
+        rows.append(finding(name, not missing, slurm.call("sbatch", "--version").strip() + absent))
         name = "controller"
         answer = " ".join(slurm.call("scontrol", "ping").split())
-        rows.append(_row(name, "is UP" in answer, answer))
+        rows.append(finding(name, "is UP" in answer, answer))
         doctor = _Doctor(profile, slurm)
     except (Busy, Refused, NoSlurm) as error:
         hint = " (does SLURM_CONF name a file, does slurmctld run?)" if isinstance(error, Busy) else ""
-        return [*rows, _row(name, False, f"{error}{hint}")]
+        return [*rows, finding(name, False, f"{error}{hint}")]
     for name, check in doctor.checks():
         try:
             rows.extend(check)
         except (Busy, Refused, NoSlurm) as error:
-            rows.append(_row(name, False, str(error)))
-    return [*rows, _shared(profile, store)]
+            rows.append(finding(name, False, str(error)))
+    told = f"every compute node must have {store.resolve()} and {profile.python or sys.executable}"
+    return [*rows, finding("shared", True, f"{told} under these paths, which cannot be told from here")]
 
 
 class _Doctor:
@@ -104,11 +105,11 @@ class _Doctor:
         if record is None:
             there = ", ".join(self.partitions)
             said = f"there is no partition {name}" if name else "partition: missing, and the cluster has no default"
-            yield _row(f"partition {name}".strip(), False, f"{said} (allowed: {there})")
+            yield finding(f"partition {name}".strip(), False, f"{said} (allowed: {there})")
         else:
             state = record.get("State", "unknown")
             told = f"{state}, {record.get('TotalNodes')} nodes, MaxTime {record.get('MaxTime')}"
-            yield _row(f"partition {name}", state == "UP", told)
+            yield finding(f"partition {name}", state == "UP", told)
 
     def fits(self, name: str, asked: Resources, where: str) -> Rows:
         """Time, nodes, cpus, memory and GPUs beside what the partition and its nodes have."""
@@ -116,15 +117,15 @@ class _Doctor:
         longest = _limit(record.get("MaxTime", ""))
         told = f"{asked.time} of at most {record.get('MaxTime')}"
         cure = "" if longest is None or asked.minutes <= longest else "; take less: a run that needs more is requeued"
-        yield _row(f"time{where}", not cure, told + cure)
+        yield finding(f"time{where}", not cure, told + cure)
         cpus = asked.tasks_per_node * asked.cpus
         most = max((n.cpus for n in nodes), default=0)
         told = f"tasks {asked.tasks_per_node} x cpus {asked.cpus} = {cpus} a node; the largest of {name} has {most}"
-        yield _row(f"cpus{where}", cpus <= most, told)
+        yield finding(f"cpus{where}", cpus <= most, told)
         memory = _megabytes(asked.memory)
         most = max((n.megabytes for n in nodes), default=0)
         told = f"{asked.memory or self.default_memory(record)} a node; the largest of {name} has {most} MB"
-        yield _row(f"memory{where}", memory <= most, told)
+        yield finding(f"memory{where}", memory <= most, told)
         if asked.gpus:
             types = {kind: max(n.gpus.get(kind, 0) for n in nodes) for n in nodes for kind in n.gpus}
             has = ", ".join(f"{count} {kind or 'without a type'}" for kind, count in sorted(types.items())) or "none"
@@ -132,13 +133,13 @@ class _Doctor:
             told = f"{asked.gpus} {asked.gpu_type or ''}".strip() + f" a node; nodes of {name} have at most {has}"
             select = self.config.get("SelectType", "select/cons_tres").removeprefix("select/")
             told += "" if select == "cons_tres" else f"; --gpus-per-node wants SelectType cons_tres, this is {select}"
-            yield _row(f"gpus{where}", asked.gpus <= most and select == "cons_tres", told)
+            yield finding(f"gpus{where}", asked.gpus <= most and select == "cons_tres", told)
         fit = [n for n in nodes if n.cpus >= cpus and n.megabytes >= memory and _gpus(n, asked.gpu_type) >= asked.gpus]
         count, away = sum(n.number for n in fit), sum(n.number for n in fit if n.away)
         allowed = record.get("MaxNodes", "")
         told = f"{asked.nodes} of {count} that fit in {name}" + f", {away} of which are down or drained" * bool(away)
         over = allowed.isdigit() and int(allowed) < asked.nodes
-        yield _row(f"nodes{where}", count >= asked.nodes and not over, told + f" (MaxNodes={allowed} a job)" * over)
+        yield finding(f"nodes{where}", count >= asked.nodes and not over, told + f" (MaxNodes={allowed} a job)" * over)
 
     def found(self, name: str) -> list[Nodes]:
         if name not in self.nodes:
@@ -166,23 +167,23 @@ class _Doctor:
             options: dict[str, Any] = {"job_name": "sdae-doctor", "map_count": 1, **asked.parameters()}
             script.write_text(_make_sbatch_string("true", folder, **options))
             self.slurm.call("sbatch", "--test-only", str(script))
-        yield _row(f"sbatch{label}", True, "a job with these options is accepted (sbatch --test-only)")
+        yield finding(f"sbatch{label}", True, "a job with these options is accepted (sbatch --test-only)")
 
     def account(self) -> Rows:
-        user = pwd.getpwuid(os.getuid()).pw_name
+        user = me()
         cluster = self.config.get("ClusterName", "")
         found = self.accounts("show", "assoc", f"user={user}", f"cluster={cluster}", "Account")
         if found is None:
-            yield _row("account", None, "there is no accounting (sacctmgr) to ask for accounts")
+            yield finding("account", None, "there is no accounting (sacctmgr) to ask for accounts")
             return
         there = sorted({name for (name,) in found})
         unknown = sorted({asked.account for asked in self.groups.values() if asked.account} - set(there))
         told = f"accounts of {user}: {', '.join(there) or 'none'}"
         told = f"{', '.join(unknown)} is none of the {told}" if unknown else told
         if self.enforced:
-            yield _row("account", bool(there) and not unknown, told)
+            yield finding("account", bool(there) and not unknown, told)
         else:
-            yield _row("account", True, f"{told} (AccountingStorageEnforce is off, so any will do)")
+            yield finding("account", True, f"{told} (AccountingStorageEnforce is off, so any will do)")
 
     @functools.cached_property
     def known(self) -> dict[str, tuple[str, str, str, str]] | None:
@@ -194,16 +195,16 @@ class _Doctor:
         for name in sorted({asked.qos for asked in self.groups.values() if asked.qos}):
             minutes, text = max((a.minutes, a.time) for a in self.groups.values() if a.qos == name)
             if self.known is None:
-                yield _row("qos", None, f"{name}: there is no accounting (sacctmgr) to ask")
+                yield finding("qos", None, f"{name}: there is no accounting (sacctmgr) to ask")
             elif name not in self.known:
                 any_will_do = "qos" not in self.enforced
                 told = f"there is no qos {name} (allowed: {', '.join(self.known)})"
-                yield _row("qos", any_will_do, told + "; not enforced, so any will do" * any_will_do)
+                yield finding("qos", any_will_do, told + "; not enforced, so any will do" * any_will_do)
             else:
                 wall = self.known[name][0]
                 over = minutes > (_limit(wall) or minutes) and bool(self.enforced & {"limits", "safe"})
                 told = f"{name}, MaxWall {wall or 'none'}"
-                yield _row("qos", not over, told + f", but time: {text}" * over)
+                yield finding("qos", not over, told + f", but time: {text}" * over)
 
     def reservation(self) -> Rows:
         wanted = sorted({asked.reservation for asked in self.groups.values() if asked.reservation})
@@ -215,12 +216,12 @@ class _Doctor:
                     told = f"{name} is {there[name].get('State')}, ends {there[name].get('EndTime')}"
                 else:
                     told = f"there is no reservation {name} (allowed: {', '.join(there) or 'none exists'})"
-                yield _row("reservation", name in there, told)
+                yield finding("reservation", name in there, told)
 
     def arrays(self) -> Rows:
         most = self.slurm.limits().array
         told = f"at most {most} tasks in one (MaxArraySize); more runs become more arrays"
-        yield _row("arrays", most > 1, told if most > 1 else "MaxArraySize: arrays are switched off")
+        yield finding("arrays", most > 1, told if most > 1 else "MaxArraySize: arrays are switched off")
 
     def queue(self) -> Rows:
         limits = self.slurm.limits()
@@ -229,19 +230,19 @@ class _Doctor:
             f"{'no limit told' if limits.tasks is None else limits.tasks} (the least of MaxJobCount and MaxSubmitJobs)"
         )
         told += f"; MaxSubmitJobsPerUser of qos: {', '.join(submit)}" if submit else ""
-        yield _row("queue", True, f"tasks at a time: {told}")
+        yield finding("queue", True, f"tasks at a time: {told}")
 
     def accounting(self) -> Rows:
         if self.slurm.history(["sdae-doctor"], time.time()) is None:
-            yield _row("accounting", None, "off: states come from squeue and from the runs' heartbeats alone")
+            yield finding("accounting", None, "off: states come from squeue and from the runs' heartbeats alone")
         else:
-            yield _row("accounting", True, "sacct answers")
+            yield finding("accounting", True, "sacct answers")
 
     def preemption(self) -> Rows:
         kind = self.config.get("PreemptType", "none").removeprefix("preempt/")
         for name in self.everywhere():
             if record := self.partitions.get(name):
-                yield _row("preemption", True, f"{name}: {self.preempted(record, kind)}")
+                yield finding("preemption", True, f"{name}: {self.preempted(record, kind)}")
 
     def preempted(self, record: dict[str, str], kind: str) -> str:
         """What becomes of a job of the profile's that has to give way."""
@@ -277,12 +278,14 @@ class _Doctor:
         else:
             told = "asked for by each job" + ", JobRequeue=0 being the default" * (self.config.get("JobRequeue") == "0")
             told += "; a job at its time limit calls scontrol: where nodes lack it, `sdae-cli sweep heal` submits again"
-        yield _row("requeue", True, told)
+        yield finding("requeue", True, told)
 
     def warning(self) -> Rows:
         seconds = ", ".join(str(n) for n in sorted({asked.warn_seconds for asked in self.groups.values()}))
         told = f"{seconds} s before the time limit (up to 60 s earlier), to save and requeue in"
-        yield _row("warning", True, f"{told}; killed KillWait={self.config.get('KillWait', 'unknown')} after the limit")
+        yield finding(
+            "warning", True, f"{told}; killed KillWait={self.config.get('KillWait', 'unknown')} after the limit"
+        )
 
     def accounts(self, *words: str) -> list[list[str]] | None:
         """Rows of sacctmgr, the last word being the columns; None where there is nobody to ask."""
@@ -294,19 +297,8 @@ class _Doctor:
         return [row for line in text.splitlines() if len(row := line.split("|")) == columns.count(",") + 1]
 
 
-def _row(name: str, ok: bool | None, detail: str) -> Row:
+def finding(name: str, ok: bool | None, detail: str) -> Row:
     return {"check": name, "ok": ok, "detail": detail}
-
-
-def _programs(slurm: Slurm) -> Row:
-    missing = [p for p in ("squeue", "scancel", "scontrol", "sinfo", "srun") if shutil.which(p) is None]
-    version = slurm.call("sbatch", "--version").strip()
-    return _row("slurm", not missing, version + (f"; not on the PATH: {', '.join(missing)}" if missing else ""))
-
-
-def _shared(profile: Profile, store: Path) -> Row:
-    told = f"every compute node must have {store.resolve()} and {profile.python or sys.executable}"
-    return _row("shared", True, f"{told} under these paths, which cannot be told from here")
 
 
 def _records(text: str, first: str) -> list[dict[str, str]]:

@@ -24,6 +24,7 @@ from submitit.core.utils import DelayedSubmission
 from sdae.errors import Interrupted, RunFailed
 from sdae.store import GRACE_SECONDS, SUBMISSION, RunFolder, Store, number
 from slurm.ledger import Ledger, Submission
+from slurm.machine import THREADS
 from slurm.reconcile import LOST, PATIENCE, stalled
 from slurm.worker import record, run
 
@@ -156,8 +157,7 @@ class Attempt:
     def execute(self) -> dict[str, Any]:
         threads = self.order["config"].get("efficiency", {}).get("threads")
         if threads:
-            for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-                os.environ[name] = str(threads)
+            os.environ.update(dict.fromkeys(THREADS, str(threads)))
         module, _, name = self.submission.target.partition(":")
         return run(_Late(module, name), self.folder, self.store, self.order["config"], None)
 
@@ -182,29 +182,21 @@ class Attempt:
         step = self.folder.saved_step
         if timed_out and time.time() - self.begun >= limit and stalled(self.folder.notes(), step):
             minutes = self.submission.minutes
-            self._fail(
-                "NoProgress",
-                f"{minutes} minutes brought no checkpoint after step {step}: the profile's `time` must be longer",
-            )
+            told = f"{minutes} minutes brought no checkpoint after step {step}: the profile's `time` must be longer"
+            self._fail("NoProgress", told)
         self._note("end", outcome="interrupted", timed_out=timed_out)
         try:
             if signal.SIGUSR2 not in signals:  # told to end: by scancel, or preempted without a warning
-                self._wait_for_slurm()
+                time.sleep(TERM_WAIT)
             requeue()
         except Exception as error:  # whatever kept submitit from it: the run must not be forgotten
             kind = "TimedOut" if timed_out else "Preempted"
             cause = "scontrol is not there" if isinstance(error, FileNotFoundError) else str(error)
-            message = (
-                f"its state is saved, but job {self._job} could not be requeued on {socket.gethostname()}: {cause}"
-            )
+            where = f"job {self._job} could not be requeued on {socket.gethostname()}"
+            message = f"its state is saved, but {where}: {cause}"
             if not (self._superseded() or self.folder.claimed()):  # else it is another's by now
                 self.folder.fail(kind, f"{message}; `sdae-cli sweep heal` submits it again", submission=self.token)
             raise RunFailed(message) from error
-
-    def _wait_for_slurm(self) -> None:
-        end = time.time() + TERM_WAIT
-        while time.time() < end:
-            time.sleep(POLL)
 
     @property
     def _job(self) -> str:

@@ -118,8 +118,7 @@ class Ledger:
             make_folder(folder)
         forget_dead(self.codes)
         for path, _ in self.astray():
-            ours = MADE.fullmatch(path.name) and not path.is_symlink()
-            if ours:  # of a submitter that died before it had anything to hand over
+            if MADE.fullmatch(path.name) and not path.is_symlink():  # of a submitter that died before it handed over
                 shutil.rmtree(path, ignore_errors=True)
 
     # Who has a run

@@ -8,6 +8,7 @@ A cost run measures this machine, so it runs alone, after the others.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import json
 import os
@@ -29,7 +30,7 @@ from sdae.config import dump
 from sdae.errors import UserError
 from sdae.files import plain_file
 from sdae.store import RunFolder, Store
-from slurm.machine import cpus, gpus
+from slurm.machine import THREADS, cpus, gpus
 from slurm.reconcile import LOST
 
 TICK = 0.5  # seconds between looks at the store and calls of `on_update`
@@ -110,8 +111,7 @@ class _Worker:
 
     def __init__(self, target: str, store: Store, threads: int, gpu: str | None):
         environment = dict(os.environ, PYTHONPATH=os.pathsep.join(p for p in sys.path if p), PYTHONUNBUFFERED="1")
-        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-            environment[name] = str(threads)
+        environment |= dict.fromkeys(THREADS, str(threads))
         environment.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(threads, 4)))  # else as many as there are cores
         if gpu is not None:
             environment["CUDA_VISIBLE_DEVICES"] = gpu
@@ -234,11 +234,9 @@ class _Executor:
         only_costs = all(r.config.stage == "cost" for r in left)
         if busy and (only_costs or busy[0].config.stage == "cost"):
             return None
-        ready = [r for r in left if self._needs_done(r) and (only_costs or r.config.stage != "cost")]
+        free = [r for r in left if all(states.get(need, "done") == "done" for need in r.needs)]
+        ready = [r for r in free if only_costs or r.config.stage != "cost"]
         return max(ready, key=lambda r: self.rank[r.id], default=None)
-
-    def _needs_done(self, run: PlannedRun) -> bool:
-        return all(self.summary.states.get(need, "done") == "done" for need in run.needs)
 
     # Doing it
     def run(self) -> None:
@@ -320,25 +318,25 @@ class _Executor:
         self.workers.remove(worker)
         words, run = worker.last_words(), worker.run
         worker.close()
-        if run is None or self.stops:
-            if run is not None:
-                self._ended(run, "interrupted", "")
+        if run is None:
+            return
+        folder = self.store.run(run.id)
+        if self.stops:
+            self._ended(run, "interrupted", "")
         elif not worker.ready:
             self.summary.states[run.id] = "ready"
             reason = words.splitlines()[-1] if words else f"exit code {code}"
             raise UserError(f"a worker could not start: {reason} (`sdae-cli doctor` checks this machine)")
+        elif folder.done:
+            self._ended(run, "done", "")
+        elif folder.claimed():  # the claim of a dead process was free to be taken
+            self._ended(run, "elsewhere", "")
         else:
-            folder = self.store.run(run.id)
-            if folder.done:
-                self._ended(run, "done", "")
-            elif folder.claimed():  # the claim of a dead process was free to be taken
-                self._ended(run, "elsewhere", "")
-            else:
-                how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-                cause = " (often: out of memory)" if code == -signal.SIGKILL else ""
-                folder.create(run.config)
-                folder.fail("WorkerDied", f"the worker process ended with {how}{cause}", words)
-                self._ended(run, "failed", f"WorkerDied: the worker process ended with {how}{cause}")
+            how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+            message = f"the worker process ended with {how}" + " (often: out of memory)" * (code == -signal.SIGKILL)
+            folder.create(run.config)
+            folder.fail("WorkerDied", message, words)
+            self._ended(run, "failed", f"WorkerDied: {message}")
 
     # Stopping
     @contextlib.contextmanager
@@ -395,13 +393,14 @@ def _critical_path(sweep: Sweep) -> dict[str, float]:
 
 def followed(run: RunFolder, position: int, sleep: Callable[[float], None], queued: bool = False) -> Iterator[str]:
     """What is added to a run's log after `position` bytes, until nobody has the run; queued: until it has ended."""
+    decode = codecs.getincrementaldecoder("utf-8")("replace").decode  # a sign may be written by halves
     while True:
         over = run.claimed() is None and (not queued or run.state() in ("done", "failed"))
         with contextlib.suppress(FileNotFoundError), open(run.log, "rb", opener=plain_file) as file:
             file.seek(position)
             if text := file.read():
                 position += len(text)
-                yield text.decode(errors="replace")
+                yield decode(text)
         if over:
             return
         sleep(TICK)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,12 +66,17 @@ def survey(
         for run in runs
         if states[run.id] != "done" and found.reservations.get(run.id, Reservation()).token not in FREE
     }
+    for token in sorted({reservation.token for reservation in held.values()}):
+        if (submission := ledger.read(token)) is not None:
+            found.submissions[token] = submission
+    places = {  # job name and array index
+        identity: (submission.name, index)
+        for submission in found.submissions.values()
+        for index, identity in submission.runs.items()
+        if identity in held and held[identity].token == submission.token
+    }
     history: list[Task] | None = []
     if held:
-        for token in sorted({reservation.token for reservation in held.values()}):
-            if (submission := ledger.read(token)) is not None:
-                found.submissions[token] = submission
-        places = _places(held, found.submissions)
         try:
             slurm = slurm or Slurm()
             found.queue = slurm.queue({submission.user for submission in found.submissions.values()})
@@ -84,33 +89,16 @@ def survey(
                 history = slurm.history([s.name for s in known], since, jobs if len(jobs) == len(known) else ())
         except (Busy, Refused, NoSlurm) as error:
             found.queue, found.trouble, found.away = None, str(error), isinstance(error, Busy)
-        rows, past = _by_place(found.queue or ()), _by_place(history or ())
+    rows, past = _by_place(found.queue or ()), _by_place(history or ())
     for run in runs:
-        if run.id not in held:
-            state = states[run.id]
-            standing = judge(_seen(store, run, state), Reservation(), None, (), (), now=now, grace=grace)
-        else:
-            reservation = held[run.id]
-            submission = found.submissions.get(reservation.token)
-            place = places.get(run.id)
-            queue = None if found.queue is None else rows.get(place, ())
-            standing = judge(
-                _seen(store, run, states[run.id]), reservation, submission, queue, past.get(place, ()),
-                now=now, grace=grace,
-            )  # fmt: skip
+        reservation, place = held.get(run.id, Reservation()), places.get(run.id)
+        submission = found.submissions.get(reservation.token)
+        queue = None if found.queue is None else rows.get(place, ())
+        seen = _seen(store, run, states[run.id])
+        standing = judge(seen, reservation, submission, queue, past.get(place, ()), now=now, grace=grace)
         needs = [found.standings[need].state for need in run.needs if need in found.standings]
         found.standings[run.id] = with_needs(standing, needs)
     return found
-
-
-def _places(held: Mapping[str, Reservation], submissions: Mapping[str, Submission]) -> dict[str, tuple[str, int]]:
-    """Job name and array index of runs."""
-    places = {}
-    for submission in submissions.values():
-        for index, identity in submission.runs.items():
-            if identity in held and held[identity].token == submission.token:
-                places[identity] = (submission.name, index)
-    return places
 
 
 def _by_place(tasks: Iterable[Task]) -> dict[tuple[str, int] | None, list[Task]]:
@@ -138,13 +126,12 @@ def _text(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def settle(found: Survey, runs: Iterable[PlannedRun]) -> list[str]:
-    """Writes down what Slurm said of runs that ended without a word, as sacct forgets; returns their ids.
+def settle(found: Survey, runs: Iterable[PlannedRun]) -> None:
+    """Writes down what Slurm said of runs that ended without a word, as sacct forgets.
 
     Slurm may miss a task for a moment, so that it did is noted the first time, and unsaid once it has it again.
     """
-    store, settled = found.store, []
-    ledger = Ledger(store)
+    store, ledger = found.store, Ledger(found.store)
     queued = {task.id for task in found.queue or ()}
     for run in runs:
         standing, folder = found.standings[run.id], store.run(run.id)
@@ -165,8 +152,6 @@ def settle(found: Survey, runs: Iterable[PlannedRun]) -> list[str]:
             for_its_need = verdict[0] == "Lost" and run.needs  # then Slurm may have cancelled it
             if verdict[0] in LOST and not for_its_need:
                 folder.note("lost", token=token, step=folder.saved_step)
-            settled.append(run.id)
-    return settled
 
 
 def recorded(store: Store) -> list[PlannedRun]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
+
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 def cpus() -> int:
@@ -15,5 +18,6 @@ def gpus() -> list[str]:
     """Names for CUDA_VISIBLE_DEVICES of the NVIDIA GPUs that this process may use."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return [name for name in visible.split(",") if name.strip() not in ("", "-1", "NoDevFiles")]
+        named = (name.strip() for name in visible.split(","))  # CUDA looks no further than the first that is none
+        return [*itertools.takewhile(lambda name: name not in ("", "-1", "NoDevFiles"), named)]
     return [str(i) for i in range(sum(p.name[6:].isdigit() for p in Path("/dev").glob("nvidia[0-9]*")))]

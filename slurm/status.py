@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -48,9 +49,10 @@ def progress(folder: RunFolder, run: PlannedRun) -> dict[str, Any]:
     beat = {key: value for key, value in beat.items() if isinstance(value, (int, float)) and abs(value) < 1e15}
     heard, rate, step, steps = (beat.get(key) for key in ("time", "images_per_s", "step", "steps"))
     left = (steps - step) * run.config.optim.batch_size if run.config.stage != "cost" and steps and step else None
+    eta = left / rate if left is not None and rate else math.inf
     return {
         **{key: beat.get(key) for key in ("epoch", "epochs", "step", "steps", "images_per_s")},
-        "eta_s": round(left / rate) if left is not None and rate else None,
+        "eta_s": round(eta) if math.isfinite(eta) else None,
         "heard_s": round(time.time() - heard, 1) if heard else None,
     }
 

@@ -65,7 +65,7 @@ class Array:
 
 @dataclass
 class Report:
-    """What became of a submission. arrays: as told by `describe`. raced: runs that somebody else submitted meanwhile.
+    """What became of a submission. arrays: as `add` tells of them. raced: runs that somebody else submitted meanwhile.
     later: runs whose needs are not in the queue yet. left: runs for which Slurm has no room now."""
 
     arrays: list[dict[str, Any]] = field(default_factory=list)
@@ -74,6 +74,17 @@ class Report:
     later: list[str] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
     trouble: list[str] = field(default_factory=list)
+
+    def add(self, array: Array, job: str, text: str) -> dict[str, Spot]:
+        """Tells of an array that was handed over; where its runs are now."""
+        stages = sorted({run.config.stage for run in array.runs.values()})
+        runs = {str(index): run.id for index, run in sorted(array.runs.items())}
+        self.arrays.append({
+            "job": job, "stages": stages, "tasks": len(runs), "array": array.spec, "dependency": array.dependency,
+            "runs": runs, "sbatch": text,
+        })  # fmt: skip
+        self.submitted += [run.id for run in array.runs.values()]
+        return {run.id: (job, index) for index, run in array.runs.items()}
 
 
 def chosen(runs: Iterable[PlannedRun], survey: Survey, *, failed: bool = False) -> list[PlannedRun]:
@@ -164,15 +175,6 @@ def script(array: Array, token: str, ledger: Ledger, code: Path) -> str:
     return str(executor._make_submission_file_text(executor._submitit_command_str, token))
 
 
-def describe(array: Array, job: str, text: str) -> dict[str, Any]:
-    stages = sorted({run.config.stage for run in array.runs.values()})
-    runs = {str(index): run.id for index, run in sorted(array.runs.items())}
-    return {
-        "job": job, "stages": stages, "tasks": len(runs), "array": array.spec, "dependency": array.dependency,
-        "runs": runs, "sbatch": text,
-    }  # fmt: skip
-
-
 def dry_run(runs: Sequence[PlannedRun], store: Store, profile: Profile, limits: Limits, survey: Survey) -> Report:
     """What `submit` would do; nothing is written. Job ids are not known, so arrays are called JOB1, JOB2, .."""
     report, ledger, spots = Report(), Ledger(store), survey.spots()
@@ -181,9 +183,7 @@ def dry_run(runs: Sequence[PlannedRun], store: Store, profile: Profile, limits: 
     for level in levels(runs):
         for array in arrays(level, spots, profile, limits):
             job = f"JOB{len(report.arrays) + 1}"
-            report.arrays.append(describe(array, job, script(array, job.lower(), ledger, code)))
-            spots |= {run.id: (job, index) for index, run in array.runs.items()}
-            report.submitted += [run.id for run in array.runs.values()]
+            spots |= report.add(array, job, script(array, job.lower(), ledger, code))
     return report
 
 
@@ -241,9 +241,7 @@ def submit(
                 return report
             report.raced += sender.raced
             if job is not None:
-                report.arrays.append(describe(array, job, sender.text))
-                spots |= {run.id: (job, index) for index, run in array.runs.items()}
-                report.submitted += [run.id for run in array.runs.values()]
+                spots |= report.add(array, job, sender.text)
     return report
 
 

@@ -8,7 +8,6 @@ lasts stdout and stderr are its `log.txt`. A worker whose parent is gone stops i
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib
 import json
 import os
@@ -33,10 +32,13 @@ def main() -> None:
     module, _, name = target.partition(":")
     execute = getattr(importlib.import_module(module), name)
     store = Store(root)
+
+    def tell(state: dict[str, Any]) -> None:
+        send(channel, {"event": "progress", **state})
+
     send(channel, {"event": "ready"})
     for line in sys.stdin:
         order = json.loads(line)
-        tell = functools.partial(report, channel)
         answer = run(execute, store.run(order["id"]), store, order["config"], tell)
         send(channel, {"event": "end", "id": order["id"], **answer})
 
@@ -46,10 +48,6 @@ def send(channel: IO[str], answer: dict[str, Any]) -> None:
         channel.write(json.dumps(answer, default=str) + "\n")
     except OSError:  # nobody listens any more
         signal.raise_signal(signal.SIGTERM)
-
-
-def report(channel: IO[str], state: dict[str, Any]) -> None:
-    send(channel, {"event": "progress", **state})
 
 
 def run(

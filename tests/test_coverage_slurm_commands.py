@@ -20,6 +20,7 @@ from slurm.ledger import Ledger
 from slurm.look import find, log_of, queued
 from slurm.machine import cpus
 from slurm.profile import load_profile
+from slurm.status import progress
 from slurm.sweep import end, hand_over, look, preview, profile_of, take_back
 
 PROFILE = ROOT / "examples/profiles/cpu.yaml"
@@ -399,3 +400,12 @@ def test_commands_without_a_submission(programs: Programs, tmp_path: Path) -> No
     assert_refused(call("sweep", "submit", "table5", "--on", "slurm", "--store", tmp_path / "s"), "--profile: missing")
     called = call("sweep", "heal", "--store", tmp_path / "s")
     assert (called.code, "nothing was handed to Slurm" in called.err) == (0, True)
+
+
+def test_a_rate_of_next_to_nothing_tells_no_end(tmp_path: Path) -> None:
+    run = next(iter(plan(["table5"]).runs.values()))
+    folder = Store(tmp_path).run(run.id)
+    folder.path.mkdir()
+    beat = {"step": 1, "steps": 1e14, "images_per_s": 1e-300}
+    (folder.path / "heartbeat.json").write_text(json.dumps(beat))
+    assert progress(folder, run) == beat | {"epoch": None, "epochs": None, "eta_s": None, "heard_s": None}

@@ -102,6 +102,14 @@ def test_a_profile_that_fits(rows: Any) -> None:
     assert found["preemption"][1] == "gpu: jobs are not preempted"
 
 
+def test_a_user_without_a_name(rows: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody(uid: int) -> None:
+        raise KeyError(uid)
+
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    assert rows("")["account"] == (True, f"accounts of {os.getuid()}: us")
+
+
 @pytest.mark.parametrize(
     ("text", "check", "parts"),
     [

@@ -19,6 +19,7 @@ from sdae.errors import UserError
 from sdae.store import Store
 from slurm.local import Summary, failed_part, followed, run_local, tail
 from slurm.look import survey
+from slurm.machine import gpus
 from slurm.status import overview, status
 
 TARGET = "local_target:execute"
@@ -191,6 +192,26 @@ def test_bad_calls(store: Store, table5: Sweep) -> None:
         go(table5, store, jobs=0)
     with pytest.raises(UserError, match="a worker could not start: ModuleNotFoundError"):
         run_local(table5, store, target="no_such_module:execute")
+
+
+def test_a_sign_that_is_written_by_halves_is_followed_whole(store: Store) -> None:
+    run = store.run("pretrain-0123456789abcdef")
+    run.path.mkdir(parents=True)
+    run.log.write_bytes("é".encode()[:1])
+
+    def sleep(seconds: float) -> None:
+        run.log.write_bytes("é".encode())
+        (run.path / "result.json").write_text("{}")
+
+    assert "".join(followed(run, 0, sleep, queued=True)) == "é"
+
+
+@pytest.mark.parametrize(
+    ("visible", "names"), [("0,2", ["0", "2"]), ("0,-1,1", ["0"]), ("", []), ("GPU-a, GPU-b", ["GPU-a", "GPU-b"])]
+)
+def test_gpus_are_those_that_cuda_sees(visible: str, names: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert gpus() == names
 
 
 def test_tail_follow_and_overview(store: Store, table5: Sweep) -> None:
