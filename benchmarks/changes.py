@@ -15,14 +15,14 @@ import argparse
 import contextlib
 import json
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from pretrain_step import PRECISIONS, SIZES, Variant, config_of, words
+from parts import in_turns, seconds_of
+from pretrain_step import PRECISIONS, SIZES, Variant, config_of, session_of, words
 from torch import Tensor
 
 from sdae.config import CostRun
@@ -34,12 +34,7 @@ from sdae.provenance import origin
 from sdae.stages import cost
 from sdae.stages.cost import Bench
 from sdae.stages.session import Session
-from sdae.store import Store
-from sdae.training import telemetry
-from sdae.training.distributed import World
-from sdae.training.loop import Stop
 from sdae.training.optimizers import parameter_groups
-from sdae.training.telemetry import Pulse
 
 STEPS = 200  # over which losses are compared
 MOMENTUM = 0.99
@@ -64,14 +59,8 @@ class Step:
 
     def seconds(self) -> float:
         """Of a step, mean over those of a repeat."""
-        steps, device = self.bench.config.cost.steps, self.bench.device
         with self.undo():
-            telemetry.synchronize(device)
-            began = time.perf_counter()
-            for _ in range(steps):
-                self.once()
-            telemetry.synchronize(device)
-        return (time.perf_counter() - began) / steps
+            return seconds_of(self.once, self.bench.config.cost.steps, self.bench.device)
 
     def once(self) -> Tensor:
         """The loss, on the device."""
@@ -157,9 +146,8 @@ CHANGES = [
 
 def main() -> None:
     options = arguments()
-    device = torch.device("cuda" if torch.cuda.is_available() and not options.cpu else "cpu")
-    store = Store("unused")
-    session = Session(store, store.run("unused"), World(0, 1, device), Pulse(store.run("unused"), None), Stop())
+    session = session_of(options)
+    device = session.world.device
     head, tail = {"benchmark": "changes", "device": device.type, "size": options.size}, origin()
     rows: list[dict[str, Any]] = []
     for precision in options.precision:
@@ -185,18 +173,12 @@ def trained(undo: Undo, precision: str, session: Session) -> list[float]:
 def compared(change: Change, precision: str, options: argparse.Namespace, session: Session) -> dict[str, Any]:
     config = sized(options.size, precision, options.batch or SIZES[options.size]["cost"]["batch_size"])
     undos = {"without": change.undo, "with": contextlib.nullcontext}
-    sides = {name: Step(config, session, undo) for name, undo in undos.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range(1 + options.repeats):  # the first warms up
-        for name, side in sides.items():
-            taken = side.seconds()
-            if turn:
-                seconds[name].append(taken)
+    seconds = in_turns({name: Step(config, session, undo).seconds for name, undo in undos.items()}, options.repeats)
     ratios = [a / b for a, b in zip(seconds["without"], seconds["with"], strict=True)]
     return {
         "change": change.name, "precision": precision, "batch": config.cost.batch_size,
         "ratio": round(statistics.median(ratios), 4), "low": round(min(ratios), 4), "high": round(max(ratios), 4),
-        **{f"{name}_ms": [1e3 * s for s in seconds[name]] for name in sides},
+        **{f"{name}_ms": [1e3 * s for s in times] for name, times in seconds.items()},
     }  # fmt: skip
 
 

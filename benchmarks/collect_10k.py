@@ -25,7 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ablations.planner import Sweep, plan
+from ablations.planner import plan
 from sdae.store import NO_PICTURES, Store, SyntheticStore
 
 TRIES = 5  # a machine that others use as well is asked again
@@ -39,16 +39,12 @@ LIMITS = {
 }
 
 
-def planned(seeds: int) -> Sweep:
-    return plan((), "paper", range(seeds), content=NO_PICTURES)
-
-
 def fill(store: SyntheticStore, seeds: int) -> dict[str, float]:
     """Makes the runs, in a process of its own: what that takes is not what reading them takes."""
     from analysis.universe import make
 
     took: dict[str, float] = {}
-    sweep = timed(took, "plan_s", lambda: planned(seeds))
+    sweep = timed(took, "plan_s", lambda: plan((), "paper", range(seeds), content=NO_PICTURES))
     timed(took, "make_s", lambda: make(store, sweep))
     return took
 
@@ -64,11 +60,11 @@ def measure(store: Store, out: Path) -> dict[str, float]:
     """Seconds of each step. Imports are done before."""
     import analysis.explain
     import analysis.figures
-    import analysis.render
     import analysis.report
     import analysis.study
     import analysis.verdicts
     from analysis.frame import INDEX, collect
+    from analysis.render import FORMATS, render
 
     took: dict[str, float] = {}
     tries: list[dict[str, float]] = [{} for _ in range(TRIES)]
@@ -79,9 +75,7 @@ def measure(store: Store, out: Path) -> dict[str, float]:
     took |= {name: min(found[name] for found in tries) for name in tries[0]}
     began = time.perf_counter()
     study = timed(took, "study_s", lambda: analysis.study.study(store, (), "paper"))
-    formats = analysis.render.FORMATS
-    render = analysis.render.render
-    timed(took, "tables_s", lambda: [render(t, f) for t in study.tables.values() for f in formats])
+    timed(took, "tables_s", lambda: [render(t, f) for t in study.tables.values() for f in FORMATS])
     timed(took, "figure_s", lambda: analysis.figures.draw(store, "4", "paper", out))
     verdicts = timed(took, "claims_s", lambda: analysis.verdicts.judge_study(study))
     timed(took, "report_s", lambda: analysis.report.report(study, verdicts, out))
@@ -103,8 +97,8 @@ def peak_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def in_its_own_process(step: str, options: argparse.Namespace, store: Path) -> dict[str, float]:
-    words = [sys.executable, __file__, "--step", step, "--store", str(store), "--seeds", str(options.seeds)]
+def in_its_own_process(step: str, seeds: int, store: Path) -> dict[str, float]:
+    words = [sys.executable, __file__, "--step", step, "--store", str(store), "--seeds", str(seeds)]
     here = os.pathsep.join([str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(words, check=True, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": here})
     found: dict[str, float] = json.loads(done.stdout)
@@ -124,13 +118,13 @@ def main() -> None:
         if options.step == "measure":
             return print(json.dumps(measure(Store(options.store), Path(folder))))
         store = options.store or Path(folder) / "runs"
-        found = {} if Store(store).synthetic else in_its_own_process("fill", options, store)
+        found = {} if Store(store).synthetic else in_its_own_process("fill", options.seeds, store)
         if options.profile:
             with cProfile.Profile() as profile:
                 measure(Store(store), Path(folder))
             pstats.Stats(profile).sort_stats("cumulative").print_stats(60)
             return
-        found |= in_its_own_process("measure", options, store)
+        found |= in_its_own_process("measure", options.seeds, store)
     ratios = {name: round(found[name] / limit, 3) for name, limit in LIMITS.items() if name in found}
     print(
         json.dumps({"found": {k: round(v, 3) for k, v in found.items()}, "limits": LIMITS, "ratio": ratios}, indent=1)

@@ -41,9 +41,7 @@ def main() -> None:
                 rows.append(waited(arch, form, sections[form], options, Store(Path(scratch) / f"{arch}-{form}")))
                 print("{arch:18} {form:7} {images_per_s:8.1f} images/s  waits {data_wait:7.2%}".format(**rows[-1]))
     if options.json:
-        device = (
-            "cuda" if options.device == "auto" and torch.cuda.is_available() else options.device.replace("auto", "cpu")
-        )
+        device = options.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
         found = {"benchmark": "data_wait", "device": device, "goal": GOAL, "rows": rows, **origin()}
         options.json.write_text(json.dumps(found, indent=1) + "\n")
 

@@ -37,6 +37,7 @@ from typing import Any
 from ablations.planner import Sweep, plan
 from ablations.scale import Scale, load_scale
 from sdae.errors import UserError
+from sdae.files import write_atomically
 from sdae.provenance import origin
 from sdae.store import Store
 from slurm.local import run_local
@@ -67,7 +68,7 @@ def main() -> None:
         "tests": tests, "step": step, "cost": cost, "input": feeding, "changes": changes, "arms": arms,
     }  # fmt: skip
     for name in options.only:
-        if name in ONCE and whole(options.out / f"{name}.json"):
+        if name in ONCE and whole(options.out / f"{name}.json", options.dry):
             print(f"{name:6} is in {options.out} already")
             continue
         started = time.monotonic()
@@ -77,21 +78,17 @@ def main() -> None:
         except (UserError, OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
             found = {"failed": f"{type(error).__name__}: {error}"}
         found = {"benchmark": f"gpu-{name}", "dry": options.dry, "seconds": time.monotonic() - started, **found}
-        write(options.out / f"{name}.json", found | origin())
+        write_atomically(options.out / f"{name}.json", json.dumps(found | origin(), indent=1) + "\n")
         keep_results(Store(options.store), options.out / "runs.tar")
         note = found.get("failed") or found.get("skipped") or found.get("summary", "done")
         print(f"{name:6} {found['seconds']:6.1f} s  {note}", flush=True)
     print(f"{time.monotonic() - began:.0f} s in all; everything is in {options.out}")
 
 
-def write(path: Path, found: dict[str, Any]) -> None:
-    path.write_text(json.dumps(found, indent=1) + "\n")
-
-
-def whole(path: Path) -> bool:
-    """Whether a part has been measured to its end."""
+def whole(path: Path, dry: bool) -> bool:
+    """Whether a part has been measured to its end; a dry one stands for no other."""
     found = json.loads(path.read_text()) if path.exists() else {"skipped": ""}
-    return not {"failed", "skipped"} & found.keys()
+    return not {"failed", "skipped"} & found.keys() and (dry or not found["dry"])
 
 
 def keep_results(store: Store, archive: Path) -> None:
@@ -151,16 +148,11 @@ def changes(options: argparse.Namespace, deadline: float) -> dict[str, Any]:
 
 def feeding(options: argparse.Namespace, deadline: float) -> dict[str, Any]:
     """Pictures per second that this machine's cores make of files: to be set beside what a step takes."""
-    program = HERE / "input.py"
-    if not program.exists():
-        return {"skipped": "benchmarks/input.py is not here"}
-    quick = ["--count", 8, "--repeats", 1, "--variants", "pil,jpeg"]
     sizes = (
-        quick
-        if options.dry
+        ["--count", 8, "--repeats", 1, "--variants", "pil,jpeg"] if options.dry
         else ["--workers", len(os.sched_getaffinity(0)), "--repeats", 5, "--variants", "pil,jpeg,shards,raw"]
-    )
-    found = with_json([program, *sizes, *(options.input or [])], deadline)
+    )  # fmt: skip
+    found = with_json([HERE / "input.py", *sizes, *(options.input or [])], deadline)
     need = fastest_step(options.out / "step.json")
     if need:  # of SdAE, three folds: what the files must feed
         for row in found["measured"].get("rows", []):
@@ -187,22 +179,17 @@ def with_json(words: list[Any], deadline: float) -> dict[str, Any]:
 
 def cost(options: argparse.Namespace, deadline: float) -> dict[str, Any]:
     """Table 1's rows as runs of the store, the paper's own first; a run that the deadline cuts off is done again."""
-    scale, found = scale_of(options, "paper"), dict[str, Any]()
+    scale, store = scale_of(options, "paper"), Store(options.store)
     sweep = plan(["table1"], scale)
-    for cells in (["table1.folds.time"], *([] if options.dry else [None])):
-        found = run(plan(["table1"], scale, cells=cells), options, deadline)
-        if found["left"]:
-            break
-    return found | {"rows": rows(sweep, Store(options.store))}
-
-
-def rows(sweep: Sweep, store: Store) -> list[dict[str, Any]]:
-    found = []
-    for identity, planned in sweep.runs.items():
-        result = store.run(identity).result()
-        if result is not None:
-            found.append({"run": identity, "cells": planned.feeds, "device": result["device"], **result["metrics"]})
-    return found
+    found = run(plan(["table1"], scale, cells=["table1.folds.time"]), options, deadline)
+    if not (options.dry or found["left"]):
+        found = run(sweep, options, deadline)
+    rows = [
+        {"run": identity, "cells": planned.feeds, "device": result["device"], **result["metrics"]}
+        for identity, planned in sweep.runs.items()
+        if (result := store.run(identity).result()) is not None
+    ]
+    return found | {"rows": rows}
 
 
 def arms(options: argparse.Namespace, deadline: float) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 
 from sdae.data import Loader, open_dataset
-from sdae.data.datasets import Files, subset
+from sdae.data.datasets import Files
 from sdae.data.feed import link_sample, make_pictures
 from sdae.data.loader import MEAN, STD
 from sdae.data.packing import prepare
@@ -71,9 +71,7 @@ def pictures(options: argparse.Namespace, scratch: Path) -> tuple[dict[str, Data
     """The `data` section of each form, of the same pictures; and what they are."""
     folder = scratch / "files"
     if options.pictures:
-        whole = open_dataset(Data(name="imagefolder", path=str(options.pictures)), "train")
-        assert isinstance(whole, Files)
-        link_sample(whole, folder)
+        link_sample(_dataset(Data(name="imagefolder", path=str(options.pictures))), folder)
     else:
         make_pictures(folder, options.count)
     sections = {"jpeg": Data(name="imagefolder", path=str(folder), image_size=options.size)}
@@ -89,7 +87,7 @@ def pictures(options: argparse.Namespace, scratch: Path) -> tuple[dict[str, Data
 def _dataset(section: Data) -> Files:
     dataset = open_dataset(section, "train")
     assert isinstance(dataset, Files)
-    return subset(dataset, len(dataset))  # type: ignore[return-value]
+    return dataset
 
 
 def pipeline(name: str, sections: dict[str, Data], options: argparse.Namespace) -> Iterator[int]:
@@ -183,15 +181,8 @@ def save(
     if options.json:
         settings = {k: v for k, v in vars(options).items() if k not in ("json", "pictures")}
         repeats = {name: [round(rate, 2) for rate in found] for name, found in rates.items()}
-        values = {
-            "benchmark": "input",
-            "rows": rows,
-            "repeats": repeats,
-            "pictures": files,
-            "settings": settings,
-            **origin(),
-        }
-        write_atomically(Path(options.json), json.dumps(values, indent=1) + "\n")
+        found = {"benchmark": "input", "rows": rows, "repeats": repeats, "pictures": files, "settings": settings}
+        write_atomically(Path(options.json), json.dumps(found | origin(), indent=1) + "\n")
 
 
 def arguments() -> argparse.Namespace:

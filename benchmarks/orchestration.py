@@ -18,7 +18,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 from collect_10k import in_its_own_process, timed
 
@@ -31,22 +30,14 @@ TOLD = ("plan_s", "collect_cold_s", "collect_unchanged_s", "status_s", "everythi
 
 
 def of_size(seeds: int, folder: Path) -> dict[str, float]:
-    """Seconds and GiB for a store of that many seeds."""
-    options = argparse.Namespace(seeds=seeds)
-    found = in_its_own_process("fill", options, folder)
-    found |= status(seeds, folder)
-    return found | in_its_own_process("measure", options, folder)
-
-
-def status(seeds: int, folder: Path) -> dict[str, float]:
-    """What `sweep list` does: every artifact, its runs, how many of them are done."""
+    """Seconds and GiB for a store of that many seeds. The status is what `sweep list` tells."""
     from ablations.scale import load_scale
     from slurm.status import overview
 
-    took: dict[str, float] = {}
+    found = in_its_own_process("fill", seeds, folder)
     store = Store(folder)
-    timed(took, "status_s", lambda: overview(load_scale("paper"), list(range(seeds)), store))
-    return took
+    timed(found, "status_s", lambda: overview(load_scale("paper"), list(range(seeds)), store))
+    return found | in_its_own_process("measure", seeds, folder)
 
 
 def start_times(repeats: int) -> dict[str, float]:
@@ -81,16 +72,12 @@ def main() -> None:
             rows.append(of_size(seeds, Path(folder) / "runs"))
         row = rows[-1]
         print(f"{row['runs']:>6.0f} runs: " + ", ".join(f"{name} {row[name]:.3f}" for name in TOLD))
-    found: dict[str, Any] = {
-        "benchmark": "orchestration",
-        "rows": rows,
-        "growth": growth(rows),
-        "start_s": start_times(options.repeats),
-    }
-    print("growth: " + ", ".join(f"{name} {value:g}" for name, value in found["growth"].items()))
-    print("start: " + ", ".join(f"{name} {seconds:.3f} s" for name, seconds in found["start_s"].items()))
+    grown, starts = growth(rows), start_times(options.repeats)
+    print("growth: " + ", ".join(f"{name} {value:g}" for name, value in grown.items()))
+    print("start: " + ", ".join(f"{name} {seconds:.3f} s" for name, seconds in starts.items()))
     if options.json:
-        options.json.write_text(json.dumps(found | origin(), indent=1) + "\n")
+        found = {"benchmark": "orchestration", "rows": rows, "growth": grown, "start_s": starts, **origin()}
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

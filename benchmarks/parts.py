@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,16 +41,8 @@ def measure_parts(bench: Bench, repeats: int) -> list[dict[str, Any]]:
     """
     config, device, count = bench.config, bench.device, len(bench.images)
     works = {"step": bench.train_step, **_works(bench)}
-    seconds: dict[str, list[float]] = {name: [] for name in works}
-    for repeat in range(1 + repeats):  # the first warms up
-        for name, work in works.items():
-            telemetry.synchronize(device)
-            began = time.perf_counter()
-            for _ in range(config.cost.steps):
-                work()
-            telemetry.synchronize(device)
-            if repeat:
-                seconds[name].append((time.perf_counter() - began) / config.cost.steps)
+    sides = {name: partial(seconds_of, work, config.cost.steps, device) for name, work in works.items()}
+    seconds = in_turns(sides, repeats)
     peak = telemetry.peak_flops(device.type, config.precision)
     gflop = parts_gflop(config)
     gflop["step"] = sum(gflop.values())
@@ -65,6 +58,22 @@ def measure_parts(bench: Bench, repeats: int) -> list[dict[str, Any]]:
             row["gb_per_s"] = moved(bench) / middle / 1e9
         rows.append(row)
     return rows
+
+
+def seconds_of(work: Callable[[], Any], steps: int, device: torch.device) -> float:
+    """Of one step, mean over so many."""
+    telemetry.synchronize(device)
+    began = time.perf_counter()
+    for _ in range(steps):
+        work()
+    telemetry.synchronize(device)
+    return (time.perf_counter() - began) / steps
+
+
+def in_turns(sides: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+    """What each side tells, repeat by repeat; a first turn of all warms up and is left out."""
+    turns = [{name: side() for name, side in sides.items()} for _ in range(1 + repeats)]
+    return {name: [turn[name] for turn in turns[1:]] for name in sides}
 
 
 def moved(bench: Bench) -> float:

@@ -13,13 +13,13 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from pretrain_step import PRECISIONS, SIZES, Variant, config_of, words
+from parts import in_turns, seconds_of
+from pretrain_step import PRECISIONS, SIZES, Variant, config_of, session_of, words
 from timm.layers import PatchEmbed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
@@ -29,11 +29,8 @@ from sdae.config import CostRun
 from sdae.provenance import origin
 from sdae.stages.cost import Bench
 from sdae.stages.session import Session
-from sdae.store import Store
-from sdae.training import parallel, telemetry
-from sdae.training.distributed import World
-from sdae.training.loop import Stop, autocast
-from sdae.training.telemetry import Pulse
+from sdae.training import parallel
+from sdae.training.loop import autocast
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 
@@ -95,11 +92,8 @@ class Plain(nn.Module):
 
     def __init__(self, config: CostRun):
         super().__init__()
-        self.visible, self.patch, teacher = (
-            config.tokens - config.masked,
-            config.model.patch_size,
-            config.method.teacher,
-        )
+        self.visible, self.patch = config.tokens - config.masked, config.model.patch_size
+        teacher = config.method.teacher
         outputs = config.model.width if teacher else self.patch**2 * config.model.channels  # type: ignore[operator]
         self.folds = teacher.folds or 1 if teacher else 0
         self.student = PlainAutoencoder(config, outputs)  # type: ignore[arg-type]
@@ -145,10 +139,11 @@ class PlainStep:
 
 def main() -> None:
     options = arguments()
-    device = torch.device("cuda" if torch.cuda.is_available() and not options.cpu else "cpu")
+    session = session_of(options)
+    device = session.world.device
     if options.compiled:
         parallel.COMPILED_ON.add(device.type)
-    rows = [row for view in options.views for p in options.precision for row in compared(view, p, options, device)]
+    rows = [row for view in options.views for p in options.precision for row in compared(view, p, options, session)]
     for row in rows:
         print("{view:6} {precision:5} {step:6} {images_per_s:9.1f} images/s  x plain {speedup:.3f}".format(**row))
     if options.json:
@@ -156,23 +151,14 @@ def main() -> None:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def compared(view: str, precision: str, options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+def compared(view: str, precision: str, options: argparse.Namespace, session: Session) -> list[dict[str, Any]]:
     mode = "compiled" if options.compiled else "eager"
     batch = options.batch or SIZES[options.size]["cost"]["batch_size"]
     config = config_of(Variant(view, mode, precision, batch), options)
-    store = Store("unused")
-    session = Session(store, store.run("unused"), World(0, 1, device), Pulse(store.run("unused"), None), Stop())
+    device = session.world.device
     steps = {"plain": PlainStep(config, device), "ours": Bench(config, config.method, session)}
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(1 + options.repeats):  # the first warms up
-        for name, step in steps.items():
-            telemetry.synchronize(device)
-            began = time.perf_counter()
-            for _ in range(config.cost.steps):
-                step.train_step()
-            telemetry.synchronize(device)
-            if turn:
-                seconds[name].append((time.perf_counter() - began) / config.cost.steps)
+    sides = {name: partial(seconds_of, step.train_step, config.cost.steps, device) for name, step in steps.items()}
+    seconds = in_turns(sides, options.repeats)
     ratios = {name: [a / b for a, b in zip(seconds["plain"], seconds[name], strict=True)] for name in steps}
     return [
         {"view": view, "precision": precision, "step": name, "batch": batch,

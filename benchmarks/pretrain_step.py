@@ -78,14 +78,13 @@ def main() -> None:
     options = arguments()
     if options.threads:
         torch.set_num_threads(options.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() and not options.cpu else "cpu")
+    session = session_of(options)
+    device = session.world.device
     if set(options.modes) != {"eager"}:
         from torch._dynamo import config as compiler
 
         parallel.COMPILED_ON.add(device.type)
         compiler.recompile_limit = INSTANCES
-    store = Store("unused")
-    session = Session(store, store.run("unused"), World(0, 1, device), Pulse(store.run("unused"), None), Stop())
     setting = {k: v for k, v in vars(options).items() if k != "json"}
     head, tail = {"benchmark": "pretrain_step", "device": device.type, "options": setting}, origin()
 
@@ -94,6 +93,13 @@ def main() -> None:
             write_atomically(Path(options.json), json.dumps({**head, **found, **tail}, indent=1) + "\n")
 
     report(measure(options, session, save), options, device)
+
+
+def session_of(options: argparse.Namespace) -> Session:
+    """One process on the GPU, or without one, or with --cpu, on the CPU; its store is never written."""
+    device = torch.device("cuda" if torch.cuda.is_available() and not options.cpu else "cpu")
+    store = Store("unused")
+    return Session(store, store.run("unused"), World(0, 1, device), Pulse(store.run("unused"), None), Stop())
 
 
 def measure(options: argparse.Namespace, session: Session, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:

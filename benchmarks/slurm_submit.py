@@ -101,18 +101,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="sdae-submit-") as name:
         bench = Bench(Path(name), profile)
         seeds = ",".join(str(seed) for seed in range(options.runs // 20))
-        words = (
-            "sweep",
-            "submit",
-            "many.yaml",
-            "--seeds",
-            seeds,
-            "--on",
-            "slurm",
-            "--profile",
-            "profile.yaml",
-            "--json",
-        )
+        words = f"sweep submit many.yaml --seeds {seeds} --on slurm --profile profile.yaml --json".split()
         try:
             plan_s, _ = bench.cli("sweep", "plan", "many.yaml", "--seeds", seeds, "--json")
             submit_s, text = bench.cli(*words)

@@ -19,10 +19,10 @@ from typing import Any
 
 from ablations.cost import MFU, PEAK
 from ablations.planner import plan
+from ablations.scale import PAPER_PICTURES
 from ablations.scaling import BUCKET, COUNTS, Cluster, paper_hours, step, trained_weights
 from sdae.config import Pretrain, parse
 from sdae.models.flops import per_image
-from sdae.store import Store
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results" / "performance"
@@ -53,7 +53,6 @@ NO_GPU = (
     "**No GPU figure exists: `results/performance` has no file of a GPU.** What is measured below was measured on\n"
     "CPUs and says nothing of a GPU. `benchmarks/gpu.py` makes what is missing."
 )
-GPU = "Measured on: {devices}."
 LEGENDS = {
     "input": """Pictures per second of processor time, one core, from the page cache; `total` is by the clock, of all
 processes at once. `pil` is torchvision's v1 pipeline from the file to the normalized tensor. `jpeg`, `shards` and
@@ -150,7 +149,7 @@ def read(folder: Path) -> dict[str, dict[str, Any]]:
 
 def performance(files: dict[str, dict[str, Any]]) -> str:
     devices = sorted({gpu for values in files.values() if on_gpu(values) for gpu in values.get("gpus") or []})
-    head = HEAD.format(gpu=GPU.format(devices=", ".join(devices)) if devices else NO_GPU)
+    head = HEAD.format(gpu=f"Measured on: {', '.join(devices)}." if devices else NO_GPU)
     parts = [section(name, values) for name, values in files.items()]
     if not parts:
         parts = ["\n## What was measured\n\nNothing yet: `results/performance` has no file.\n"]
@@ -243,18 +242,14 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     same = {name: column[0] for name, column in texts.items() if len(rows) > 1 and len(set(column)) == 1}
     shown = [name for name in texts if name not in same]
     line = "All rows: " + ", ".join(f"{name} {value}" for name, value in same.items()) + ".\n\n" if same else ""
-    head = [words(name) for name in shown]
-    sides = ["--:" if number(row.get(name) for row in rows) else ":--" for name in shown]
-    body = [[texts[name][i] for name in shown] for i in range(len(rows))]
-    return line + "".join("| " + " | ".join(cells) + " |\n" for cells in [head, sides, *body])
+    head = [name.replace("_", " ") for name in shown]
+    numbers = [all(isinstance(row.get(name), int | float | list | None) for row in rows) for name in shown]
+    sides = ["--:" if number else ":--" for number in numbers]
+    return line + grid(head, sides, *([texts[name][i] for name in shown] for i in range(len(rows))))
 
 
-def number(values: Iterable[Any]) -> bool:
-    return all(value is None or isinstance(value, int | float | list) for value in values)
-
-
-def words(name: str) -> str:
-    return name.replace("_", " ")
+def grid(*lines: Iterable[str]) -> str:
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
 
 
 def told(value: Any) -> str:
@@ -298,8 +293,7 @@ def scaling(files: dict[str, dict[str, Any]]) -> str:
             "assumed,\nthe range that well-made training reaches."
         ).replace("%", " %")
     steps = "".join(
-        f"At {name} ({config.optim.batch_size / (config.optim.batch_size * per_image(config) / speed):,.0f} "
-        f"pictures a second and GPU):\n\n{of_steps(config, speed)}\n"
+        f"At {name} ({speed / per_image(config):,.0f} pictures a second and GPU):\n\n{of_steps(config, speed)}\n"
         for name, speed in speeds.items()
     )
     weights = trained_weights(config)
@@ -312,7 +306,7 @@ def scaling(files: dict[str, dict[str, Any]]) -> str:
 
 def of_steps(config: Pretrain, speed: float) -> str:
     """One row a number of GPUs, for nodes with one network card and for nodes with one for each GPU."""
-    epochs, rows = config.optim.epochs * 1_281_167 / config.optim.batch_size, []
+    epochs, rows = config.optim.epochs * PAPER_PICTURES / config.optim.batch_size, []
     for gpus in COUNTS:
         one, many = (step(config, gpus, speed, Cluster(cards=cards)) for cards in (1, Cluster.per_node))
         cells = [str(gpus), f"{many.batch:g}", f"{1e3 * many.compute:.1f}"]
@@ -323,33 +317,26 @@ def of_steps(config: Pretrain, speed: float) -> str:
     head = ["GPUs", "pictures each", "arithmetic (ms)"]
     for cards in ("1 card", f"{Cluster.per_node} cards"):
         head += [f"{cards}: exchange (ms)", "efficiency", "hours", "GPU-hours"]
-    return "".join("| " + " | ".join(cells) + " |\n" for cells in [head, ["--:"] * len(head), *rows])
+    return grid(head, ["--:"] * len(head), *rows)
 
 
 def hours(speed: float | None) -> str:
     """GPU-hours of every run of the paper, one seed, by stage; and hours where so many GPUs work side by side."""
     sweep = plan((), "paper", content="0" * 16)
-    by_stage = paper_hours(sweep, Store("unused"))
+    by_stage = paper_hours(sweep)
     if speed is not None:  # the upper share of the peak was assumed; the measured one takes its place
         by_stage = {stage: (low * MFU[1] * PEAK / speed,) * 2 for stage, (low, _) in by_stage.items()}
     counts = {stage: sum(run.config.stage == stage for run in sweep.runs.values()) for stage in by_stage}
     total = tuple(sum(pair[end] for pair in by_stage.values()) for end in (0, 1))
     rows = [[stage, str(counts[stage]), between(by_stage[stage])] for stage in by_stage]
     rows.append(["all", str(sum(counts.values())), between(total)])
-    text = "".join(
-        "| " + " | ".join(c) + " |\n" for c in [["stage", "runs", "GPU-hours"], [":--", "--:", "--:"], *rows]
-    )
-    side = [
-        [str(n), between(tuple(end / n for end in total)), between(tuple(end / n / 24 for end in total))]
-        for n in COUNTS
-    ]
-    head = [["GPUs side by side", "hours", "days"], ["--:"] * 3]
-    return text + "\n" + "".join("| " + " | ".join(cells) + " |\n" for cells in [*head, *side])
+    side = [[str(n), *(between([end / n / unit for end in total]) for unit in (1, 24))] for n in COUNTS]
+    text = grid(["stage", "runs", "GPU-hours"], [":--", "--:", "--:"], *rows)
+    return text + "\n" + grid(["GPUs side by side", "hours", "days"], ["--:"] * 3, *side)
 
 
-def between(pair: Sequence[float]) -> str:
-    low, high = pair[0], pair[-1]
-    texts = [f"{value:,.0f}" if value >= 100 else f"{value:.1f}" for value in (low, high)]
+def between(pair: Iterable[float]) -> str:
+    texts = [f"{value:,.0f}" if value >= 100 else f"{value:.1f}" for value in pair]
     return " to ".join(dict.fromkeys(texts))
 
 

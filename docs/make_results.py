@@ -53,20 +53,17 @@ def add(folder: Path, store: Store) -> None:
     if sweep.provisional:
         sys.exit("the pictures are not here, so the runs' ids are not known (set SDAE_DATA)")
     for identity in sweep.runs:
-        if store.run(identity).done:
-            target = folder / "runs" / identity
+        run, target = store.run(identity), folder / "runs" / identity
+        if run.done:
             target.mkdir(parents=True, exist_ok=True)
-            for file in ("result.json", "evaluation.json"):
-                if (store.run(identity).path / file).exists():
-                    shutil.copy(store.run(identity).path / file, target)
+            for file in filter(Path.exists, (run.path / "result.json", run.path / "evaluation.json")):
+                shutil.copy(file, target)
 
 
 def page() -> str:
     """The whole page; draws the pictures on the way."""
-    parts = [INTRO]
-    for file in sorted((ROOT / "results").glob("*/about.yaml")):
-        parts.append(section(file.parent, read_yaml(file)))
-    return "\n".join(parts)
+    files = sorted((ROOT / "results").glob("*/about.yaml"))
+    return "\n".join([INTRO, *(section(file.parent, read_yaml(file)) for file in files)])
 
 
 def section(folder: Path, about: dict[str, object]) -> str:
@@ -102,7 +99,6 @@ def recorded(table: Table) -> Table:
 
 
 def picture(store: Store, name: str, scale: str | Path, seeds: list[int], folder: str) -> str:
-    PICTURES.mkdir(exist_ok=True)
     for path in draw(store, name, scale, PICTURES, seeds):
         if path.suffix == ".png":
             target = path.replace(path.with_name(f"{folder}-{path.name}"))
@@ -115,7 +111,6 @@ def picture(store: Store, name: str, scale: str | Path, seeds: list[int], folder
 def evaluation(store: Store, run: str, words: str, folder: str) -> str:
     """The classes of a dense run."""
     found = evaluation_of(store.run(run))
-    PICTURES.mkdir(exist_ok=True)
     name = f"{folder}-{run}.png"
     plot_evaluation(found, words).savefig(PICTURES / name, dpi=110, metadata={"Software": None})
     return f"![{words}: {summary(found)}](figures/{name})\n"

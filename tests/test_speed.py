@@ -474,6 +474,17 @@ def test_gpu_evidence_runs_dry(tmp_path: Path) -> None:
     assert {i: Store(tmp_path / "runs").run(i).result() for i in before} == before
 
 
+def test_a_dry_trial_does_not_stand_for_the_evidence(tmp_path: Path) -> None:
+    (tmp_path / "tests.json").write_text(json.dumps({"benchmark": "gpu-tests", "dry": True, "summary": "1 passed"}))
+    words = ["--out", tmp_path, "--store", tmp_path / "runs", "--only", "tests", "--minutes", "0.001"]
+    done = subprocess.run(
+        [sys.executable, "benchmarks/gpu.py", *map(str, words)], cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert "no time is left" in done.stdout, done
+    assert json.loads((tmp_path / "tests.json").read_text())["dry"] is False
+
+
 def test_a_deadline_lets_the_arms_save_themselves(tmp_path: Path) -> None:
     sys.path.insert(0, str(ROOT / "benchmarks"))
     import gpu
