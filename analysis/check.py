@@ -114,12 +114,10 @@ class _Runs:
     def __init__(self, store: Store, frame: Any, deep: bool):
         self.store, self.deep, self.now = store, deep, time.time()
         self.ids = set(store.ids())
-        columns = ["id", "state", "message", "need", "weights", "init_epoch"]
-        rows = frame[columns].astype(object)
-        self.rows: dict[str, dict[str, Any]] = {
-            row["id"]: row for row in rows.where(rows.notna(), None).to_dict("records")
-        }
-        self.stale = stale(frame.set_index("id"))
+        frame = frame.set_index("id")
+        rows = frame[["state", "message", "need", "weights", "init_epoch"]].astype(object)
+        self.rows: dict[str, dict[str, Any]] = rows.where(rows.notna(), None).to_dict("index")
+        self.stale = stale(frame)
 
     def findings(self) -> Iterator[Finding]:
         for identity in sorted(self.ids):
@@ -132,7 +130,8 @@ class _Runs:
     def folder(self, run: RunFolder, row: dict[str, Any] | None) -> Iterator[Finding]:
         names = _names(run.path)
         running = row is not None and row["state"] == "running"
-        yield from self.temporary(run.path, names, running)
+        if not running:
+            yield from _dead(run.path, names)
         if row is None:
             if self.old(run.path):
                 yield self.empty(run, names)
@@ -150,8 +149,9 @@ class _Runs:
         for name in () if running else JSON_FILES:
             if name in names and read_json(run.path / name) is None:
                 yield self.aside(run, name, "not whole JSON", "nothing else reads it")
-        if not running:
-            yield from self.logs(run, names, state == "done")
+        for name in LINES if state == "done" else ():  # of others, the next start cuts off what is torn
+            if name in names and (line := _torn_line(run.path / name, self.deep)):
+                yield self.aside(run, name, f"line {line} is not whole JSON", "the result stays")
         if row["need"]:
             yield from self.need(run, row)
         if not self.store.synthetic and not running and "checkpoints" in names:
@@ -163,10 +163,6 @@ class _Runs:
             return self.now - path.lstat().st_mtime > GRACE_SECONDS
         except OSError:
             return False
-
-    def temporary(self, folder: Path, names: Iterable[str], running: bool) -> Iterator[Finding]:
-        if not running:
-            yield from (_dead(folder / name) for name in sorted(names) if _forsaken(folder / name))
 
     def empty(self, run: RunFolder, names: set[str]) -> Finding:
         if _is_empty(run, names):
@@ -195,7 +191,7 @@ class _Runs:
             if bool(result.get("synthetic", False)) != self.store.synthetic:
                 cure = f"move the folder {run.id} to a store of its kind, or remove it"
                 return Finding("orphaned", where, message.removeprefix("result.json "), cure, run.id)
-            other = _identity(run.id, result.get("config"))
+            other = _identity(result.get("config"))
             if other not in (None, run.id):
                 return self.misnamed(run, str(other), "the config in result.json")
         return self.aside(run, "result.json", message.removeprefix("result.json "), AGAIN)
@@ -222,12 +218,6 @@ class _Runs:
         except (OSError, ValueError):
             return None
 
-    def logs(self, run: RunFolder, names: set[str], done: bool) -> Iterator[Finding]:
-        """Of a run that is not done, the next start cuts off what is torn."""
-        for name in LINES if done else ():
-            if name in names and (line := _torn_line(run.path / name, self.deep)):
-                yield self.aside(run, name, f"line {line} is not whole JSON", "the result stays")
-
     def need(self, run: RunFolder, row: dict[str, Any]) -> Iterator[Finding]:
         need = row["need"]
         if need not in self.ids:
@@ -250,7 +240,7 @@ class _Runs:
             yield Finding("orphaned", str(linked[0]), problem, cure, run.id)
             return
         names = _names(run.checkpoints)
-        yield from self.temporary(run.checkpoints, names, False)
+        yield from _dead(run.checkpoints, names)
         listed = _weights(run) if done and names else {}
         removed = pruned(run) if listed.keys() - names else {}
         again = f"remove the folder {run.id} and run it again, if they are wanted"
@@ -328,17 +318,15 @@ def _identity_of_text(text: str) -> str | None:
     """The id of a config file. Most differ in the seed's and the need's line alone: those are parsed once."""
     seed = re.search(r"^seed: (\d{1,18})$", text, re.M)
     need = re.search(r"^  run: ([a-z]+-[0-9a-f]{16})$", text, re.M)
-    config = (
-        _parsed(text.replace(seed[0], "seed: 0", 1).replace(need[0] if need else "\0", "  run: NEED", 1))
-        if seed
-        else None
-    )
+    if seed is None:
+        return None
+    config = _parsed(text.replace(seed[0], "seed: 0", 1).replace(need[0] if need else "\0", "  run: NEED", 1))
     if config is None:
         return None
-    values = json.loads(config) | {"seed": int(seed[1]) if seed else 0}
+    values = json.loads(config) | {"seed": int(seed[1])}
     if need and isinstance(values.get("init"), dict) and values["init"].get("run") == "NEED":
         values["init"]["run"] = need[1]
-    return _identity("", values)
+    return _identity(values)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -350,7 +338,7 @@ def _parsed(text: str) -> str | None:
         return None
 
 
-def _identity(identity: str, config: Any) -> str | None:
+def _identity(config: Any) -> str | None:
     """The id that a config stands for, None where it is none."""
     try:
         return f"{config['stage']}-{frames.config_hash(config)[0]}"
@@ -400,17 +388,17 @@ def _forsaken(path: Path) -> bool:
         return False
 
 
-def _dead(path: Path) -> Finding:
+def _dead(folder: Path, names: Iterable[str]) -> Iterator[Finding]:
     problem, cure = "a temporary file of a process that is gone", f"{REPAIR} removes it"
-    return Finding("orphaned", str(path), problem, cure, None, functools.partial(remove, path))
+    for path in (folder / name for name in sorted(names)):
+        if _forsaken(path):
+            yield Finding("orphaned", str(path), problem, cure, None, functools.partial(remove, path))
 
 
 def _leftovers(store: Store) -> Iterator[Finding]:
     """Temporary files beside the run folders and below .slurm, folders of no run, what an interrupted prune left."""
     for folder in (store.root, store.root / ".slurm/code", *sorted((store.root / ".slurm/jobs").glob("*"))):
-        for name in sorted(_names(folder)):
-            if _forsaken(folder / name):
-                yield _dead(folder / name)
+        yield from _dead(folder, _names(folder))
     for name in sorted(_names(store.root)):
         if "-" in name and not name.isprintable() and (store.root / name).is_dir():
             problem = "no run's folder: its name has characters that cannot be shown"

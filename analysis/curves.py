@@ -20,12 +20,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis import frame as frames
-from analysis.figures import COLOURS, LINES, MARKERS, PANELS, STYLE, paint, panel_of
+from analysis.figures import COLOURS, LINES, MARKERS, PANELS, STYLE, across, paint, panel_of
 from analysis.statistics import estimate
 from analysis.study import Study
 from analysis.table import Table
 from sdae.errors import UserError
-from sdae.store import RunFolder, Store
+from sdae.store import RunFolder, Store, number
 
 LABELS = {
     "loss": "training loss", "lr": "learning rate", "momentum": "momentum of the teacher",
@@ -105,9 +105,10 @@ def curves(store: Store, ids: Sequence[str], keys: Sequence[str] | None = None) 
     found = []
     for identity, run in rows.iterrows():
         for row in store.run(str(identity)).metrics():
-            facts = [identity, *run[["arm", "label", "seed", "synthetic"]], row["step"], row.get("epoch")]
+            facts = [identity, *run[["arm", "label", "seed", "synthetic"]], int(number(row, "step")), row.get("epoch")]
             wanted = [k for k in (row if keys is None else keys) if k not in ("step", "epoch")]
-            found += [[*facts, key, float(row[key])] for key in wanted if row.get(key) is not None]
+            values = [(key, row.get(key)) for key in wanted]
+            found += [[*facts, k, float(v)] for k, v in values if isinstance(v, (int, float)) and not abs(v) > 1e300]
     return pd.DataFrame(found, columns=COLUMNS)
 
 
@@ -238,14 +239,13 @@ def panels_of(number: int, width: float, height: float, columns: int = 4, foot: 
 
 def empty(ax: Axes) -> None:
     ax.set(xticks=[], yticks=[])
-    ax.text(0.5, 0.5, "not run", transform=ax.transAxes, ha="center", va="center", color="0.5", fontsize=12)
+    across(ax, "not run", color="0.5", fontsize=12)
 
 
 def finish(figure: Figure, title: str, synthetic: bool) -> Figure:
     """Title, and the mark of made-up results on every panel."""
     for ax in figure.axes if synthetic else []:
-        mark: dict[str, Any] = {"ha": "center", "va": "center", "rotation": 25, "fontsize": 22, "color": "0.88"}
-        ax.text(0.5, 0.5, "SYNTHETIC", transform=ax.transAxes, zorder=0, **mark)
+        across(ax, "SYNTHETIC", rotation=25, fontsize=22, color="0.88", zorder=0)
     if synthetic and not title.startswith("SYNTHETIC"):
         title = f"SYNTHETIC RESULTS, made up to test this figure. {title}"
     figure.suptitle(title, fontsize=7.5, color="#B00000" if synthetic else "black", wrap=True)

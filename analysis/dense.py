@@ -11,22 +11,49 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from pydantic import BaseModel, Field, ValidationError
 
 from analysis.curves import finish, styled
 from analysis.study import Study
 from sdae.errors import UserError
 from sdae.files import LARGEST, read_json
 from sdae.store import RunFolder
+from sdae.yamls import explain
 
 MOST_CLASSES = 40  # bars; of more classes those with the most pixels or the highest AP are shown
 TARGETS = {"0.5": "IoU 0.5", "0.75": "IoU 0.75", "mean": "mean of 0.5 to 0.95"}
 
 
+class _Segmented(BaseModel, strict=True):
+    classes: list[str] = Field(min_length=1)
+    iou: list[float | None]
+    confusion: list[list[float]]
+
+
+class _Detected(BaseModel, strict=True):
+    classes: list[str] = Field(min_length=1)
+    ap_box: list[float | None]
+    ap_mask: list[float | None]
+    precision: dict[str, dict[str, list[float]]]
+
+
 def evaluation_of(run: RunFolder) -> dict[str, Any]:
-    """What the run's last evaluation found, class by class. UserError where it has none."""
-    found = read_json(run.path / "evaluation.json")
+    """What the run's last evaluation found, class by class. UserError where it has none, or it cannot be drawn."""
+    path = run.path / "evaluation.json"
+    found = read_json(path)
     if not isinstance(found, dict) or not isinstance(found.get("classes"), list):
         raise UserError(f"{run.id}: no evaluation.json (runs of segment and detect leave one when they end)")
+    model = _Segmented if "iou" in found else _Detected
+    try:
+        model.model_validate(found)
+    except ValidationError as error:
+        raise UserError(f"{path}: {explain(error, model)}") from None
+    matrix, curves = found.get("confusion", []), found.get("precision", {})
+    by_class = [found["iou"], matrix, *matrix] if model is _Segmented else [found["ap_box"], found["ap_mask"]]
+    if any(len(values) != len(found["classes"]) for values in by_class):
+        raise UserError(f"{path}: not one value for each of its {len(found['classes'])} classes")
+    if model is _Detected and any(not TARGETS.keys() <= curves.get(kind, {}).keys() for kind in ("bbox", "segm")):
+        raise UserError(f"{path}: precision: expected bbox and segm, each with {', '.join(TARGETS)}")
     return found
 
 
@@ -103,13 +130,13 @@ def views(study: Study) -> list[dict[str, Any]]:
             title = f"{row.label}, {row.meta['epochs']} epochs" if row.meta.get("epochs") else row.label
             entries.append({
                 "run": folder.id, "title": f"{title}: {folder.id}", "alt": summary(found),
-                "image": _address(svg(found), "image/svg+xml"),
-                "pictures": [_address(path.read_bytes(), "image/jpeg") for path in pictures_of(folder)],
+                "image": data_uri(svg(found), "image/svg+xml"),
+                "pictures": [data_uri(path.read_bytes(), "image/jpeg") for path in pictures_of(folder)],
             })  # fmt: skip
     return entries
 
 
-def _address(content: bytes, kind: str) -> str:
+def data_uri(content: bytes, kind: str) -> str:
     return f"data:{kind};base64," + base64.b64encode(content).decode()
 
 

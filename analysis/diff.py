@@ -30,14 +30,15 @@ def side(
         return study(Store(text), artifacts, scale, seeds)
     try:
         until = datetime.fromisoformat(text)
-    except ValueError:
+        if until.time() == time() and not any(mark in text for mark in "T: "):
+            until += timedelta(days=1) - timedelta(microseconds=1)
+        until = until.astimezone()
+    except (ValueError, OverflowError):  # year 1 or 9999, which may be none in another zone
         raise UserError(
             f"{text!r}: neither a folder nor a time (allowed: a store's folder, 2026-01-31, 2026-01-31T18:00, "
             "2026-01-31T18:00+00:00)"
         ) from None
-    if until.time() == time() and not any(mark in text for mark in "T: "):
-        until += timedelta(days=1) - timedelta(microseconds=1)
-    return study(store, artifacts, scale, seeds, until.astimezone())
+    return study(store, artifacts, scale, seeds, until)
 
 
 @dataclass

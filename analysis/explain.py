@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from ablations.artifact import load_artifact
-from ablations.planner import PlannedRun
 from analysis.export import flat
 from analysis.frame import unknown
 from analysis.paper import printed
@@ -112,9 +111,10 @@ class _Runs:
         result = (folder.result() if state == "done" else None) or {}
         record = (folder.provenance() if known else None) or {}
         planned = self.study.sweep.runs.get(identity)
-        config = self.config(planned, result)
+        # As planned; of a run that is not planned here (another's pre-training), as it ran
+        config: dict[str, Any] | None = dump(planned.config) if planned else result.get("config")
         init = (config or {}).get("init") or {}
-        devices = number(result, "world_size") or 1
+        devices = max(number(result, "world_size"), 1)
         hours = known["seconds"] * devices / 3600 if known.get("seconds") is not None else None
         value = known.get(self.metric) if self.metric and needs and state == "done" else None
         found = {
@@ -130,27 +130,17 @@ class _Runs:
             "gpu_hours": hours,
         }  # fmt: skip
         if needs:
-            need = init.get("run")
-            found["needs"] = self.one(need, self.need_of(other), needs=False) if need else None
+            need, beside = init.get("run"), self.study.sweep.runs.get(other or "")
+            others = beside.needs if beside else []
+            found["needs"] = self.one(need, others[0] if others else None, needs=False) if need else None
         return found
-
-    def config(self, planned: PlannedRun | None, result: dict[str, Any]) -> dict[str, Any] | None:
-        """As planned; of a run that is not planned here (another's pre-training), as it ran."""
-        return dump(planned.config) if planned else result.get("config")
-
-    def need_of(self, identity: str | None) -> str | None:
-        planned = self.study.sweep.runs.get(identity or "")
-        return planned.needs[0] if planned and planned.needs else None
 
     def different(self, config: dict[str, Any] | None, other: str | None) -> dict[str, list[Any]] | None:
         """{key: [there, here]} against another run, or, where there is none of this stage, against the defaults."""
         if config is None:
             return None
-        planned = self.study.sweep.runs.get(other or "")
-        if planned and planned.config.stage == config["stage"]:
-            there = dump(planned.config)
-        else:
-            there = _defaults(config["stage"])
+        planned, stage = self.study.sweep.runs.get(other or ""), config["stage"]
+        there = dump(planned.config) if planned and planned.config.stage == stage else _defaults(stage)
         a, b = (dict(flat({k: v for k, v in c.items() if k not in NOT_SCIENCE})) for c in (there, config))
         keys = [key for key in dict.fromkeys([*a, *b]) if key not in _NOT_COMPARED]
         return {key: [a.get(key), b.get(key)] for key in keys if a.get(key) != b.get(key)}
@@ -201,7 +191,8 @@ def _tail(folder: RunFolder) -> list[str]:
 
 def _progress(folder: RunFolder) -> str | None:
     beat = folder.heartbeat() or {}
-    return f"epoch {beat['epoch']:g} of {beat['epochs']}" if {"epoch", "epochs"} <= beat.keys() else None
+    epoch, epochs = number(beat, "epoch"), number(beat, "epochs")
+    return f"epoch {epoch:g} of {epochs:.0f}" if epochs and isinstance(beat.get("epoch"), (int, float)) else None
 
 
 def _message(known: dict[str, Any]) -> str | None:
@@ -229,9 +220,8 @@ def _lines(e: dict[str, Any]) -> Iterator[str]:
     yield _line("paper", f"{paper['value']:.{paper['decimals']}f} ({paper['where']})" if paper else "does not print it")
     if measured:
         half = None if measured["high"] is None else (measured["high"] - measured["low"]) / 2
-        spread = (
-            ", no interval" if half is None else f" ± {half:.{digits}f} (95 %, from {_SOURCES[measured['source']]})"
-        )
+        source = SOURCES.get(measured["source"])
+        spread = ", no interval" if half is None else f" ± {half:.{digits}f} (95 %, from {source})"
         yield _line("measured", f"{measured['mean']:.{digits}f}{spread}, n = {measured['n']} of {len(runs)}")
         if e["difference"] is not None:
             yield _line("difference", f"{e['difference']:+.{digits}f}: {e['verdict']}")
@@ -248,15 +238,8 @@ def _lines(e: dict[str, Any]) -> Iterator[str]:
     yield from _differences(runs[0])
     yield ""
     rows = [
-        [
-            f"seed {run['seed']}",
-            run["id"],
-            run["state"],
-            _number(run["value"], digits),
-            _code(run),
-            "stale" * run["stale"],
-        ]
-        for run in runs
+        [f"seed {r['seed']}", r["id"], r["state"], _number(r["value"], digits), _code(r), "stale" * r["stale"]]
+        for r in runs
     ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     yield from ("  ".join(t.ljust(w) for t, w in zip(row, widths, strict=True)).rstrip() for row in rows)
@@ -268,7 +251,7 @@ def _lines(e: dict[str, Any]) -> Iterator[str]:
         yield f"{len(runs) - DETAILED} more runs: --json has all of each"
 
 
-_SOURCES = {
+SOURCES = {
     "seeds": "its seeds", "pooled": "the variance pooled over the stage's arms", "repeats": "the repeats in the run",
 }  # fmt: skip
 
@@ -309,16 +292,21 @@ def _of_run(run: dict[str, Any]) -> Iterator[str]:
         yield from (f"  {line}" for line in _of_run(run["needs"]))
 
 
+def machine(run: dict[str, Any]) -> str:
+    """Host, devices and versions, as far as they are recorded."""
+    known = run["environment"] or {}
+    gpus, cores = known.get("gpus"), known.get("cores")
+    devices = f"{len(gpus)} x {gpus[0]}" if gpus else f"{cores} cores" if cores else ""
+    versions = [f"{name} {known[name]}" for name in ("python", "torch") if known.get(name)]
+    return ", ".join(filter(None, [known.get("host"), devices, *versions]))
+
+
 def _facts(run: dict[str, Any]) -> Iterator[tuple[str, str]]:
     code = _code(run) or "not recorded"
     if run["substance"]:
         code += f", substance {run['substance']}{' (changed since)' if run['stale'] else ''}"
     yield "code", code
-    machine = run["environment"] or {}
-    versions = [f"{name} {machine[name]}" for name in ("python", "torch") if machine.get(name)]
-    gpus = machine.get("gpus") or []
-    devices = [f"{len(gpus)} x {gpus[0]}"] if gpus else [f"{machine['cores']} cores"] if machine.get("cores") else []
-    yield "machine", ", ".join([*filter(None, [machine.get("host")]), *devices, *versions]) or "not recorded"
+    yield "machine", machine(run) or "not recorded"
     if run["started"]:
         hours = "" if run["gpu_hours"] is None else f": {run['gpu_hours']:.3g} h of {run['device']}"
         yield "time", f"{run['started']} to {run['ended']}{hours}"

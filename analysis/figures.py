@@ -204,18 +204,7 @@ def paint(panels: list[Panel]) -> Figure:
     for ax, panel in zip(axes, panels, strict=True):
         _paint_panel(ax, panel)
         if panel.table.synthetic:
-            ax.text(
-                0.5,
-                0.5,
-                "SYNTHETIC",
-                transform=ax.transAxes,
-                ha="center",
-                va="center",
-                rotation=25,
-                fontsize=30,
-                color="0.88",
-                zorder=0,
-            )
+            across(ax, "SYNTHETIC", rotation=25, fontsize=30, color="0.88", zorder=0)
     known = sorted({text for panel in panels for text in (panel.table.dataset, panel.table.model) if text})
     lines = [f"Scale {first.scale_title}"] + ([f"measured on {', '.join(known)}"] if known else [])
     if synthetic:
@@ -225,11 +214,14 @@ def paint(panels: list[Panel]) -> Figure:
     return figure
 
 
+def across(ax: Axes, text: str, **style: Any) -> None:
+    """Text over the middle of a panel."""
+    ax.text(0.5, 0.5, text, transform=ax.transAxes, ha="center", va="center", **style)
+
+
 def _paint_panel(ax: Axes, panel: Panel) -> None:
     table, column = panel.table, panel.table.columns[0]
-    drawn = 0
-    for index, series in enumerate(panel.series):
-        drawn += _paint_series(ax, series, index, table.comparable)
+    drawn = sum(_paint_series(ax, series, index, table.comparable) for index, series in enumerate(panel.series))
     cells = [cell for series in panel.series for cell in series.cells]
     positions = [x for series in panel.series for x in series.x]
     margin = 0.04 * (max(positions) - min(positions)) or 0.5
@@ -248,7 +240,7 @@ def _paint_panel(ax: Axes, panel: Panel) -> None:
         )  # fmt: skip
     else:
         ax.set_yticks([])
-        ax.text(0.5, 0.5, "not run", transform=ax.transAxes, ha="center", va="center", color="0.5", fontsize=12)
+        across(ax, "not run", color="0.5", fontsize=12)
     ax.annotate(
         "\n".join(_remarks(panel, cells)), (0, 0), xycoords=("axes fraction", ax.xaxis.label), xytext=(0, -6),
         textcoords="offset points", va="top", fontsize=6, color="0.35",
@@ -259,9 +251,8 @@ def _paint_series(ax: Axes, series: Series, index: int, comparable: bool) -> int
     """Draws what has a value; how many points that were, the paper's included."""
     colour, marker, line = COLOURS[index % 7], MARKERS[index % 7], LINES[index % 7]
     nan = float("nan")
-    means = [
-        cell.estimate.mean if cell.estimate else nan for cell in series.cells
-    ]  # NaN breaks the line: no bridge over gaps
+    # NaN breaks the line: no bridge over gaps
+    means = [cell.estimate.mean if cell.estimate else nan for cell in series.cells]
     halves = [(cell.estimate.half or 0.0) if cell.estimate else 0.0 for cell in series.cells]
     drawn = sum(cell.estimate is not None for cell in series.cells)
     if drawn:
@@ -286,14 +277,13 @@ def _paint_series(ax: Axes, series: Series, index: int, comparable: bool) -> int
             )
         else:
             ax.errorbar(series.x, means, yerr=[h or nan for h in halves], linewidth=1.2, **style)
-    printed = [
-        (x, cell.paper) for x, cell in zip(series.x, series.cells, strict=True) if cell.paper is not None and comparable
-    ]
+    places = zip(series.x, series.cells, strict=True)
+    printed = [(x, cell.paper) for x, cell in places if cell.paper is not None and comparable]
     if printed:
         known = "paper" in ax.get_legend_handles_labels()[1]
         ax.plot(
-            [x for x, _ in printed], [value for _, value in printed], linestyle="none", marker="D", markersize=8,
-            markerfacecolor="none", markeredgecolor="black", label=None if known else "paper", zorder=4,
+            *zip(*printed, strict=True), linestyle="none", marker="D", markersize=8, markerfacecolor="none",
+            markeredgecolor="black", label=None if known else "paper", zorder=4,
         )  # fmt: skip
     return drawn + len(printed)
 
@@ -304,14 +294,10 @@ def _remarks(panel: Panel, cells: list[TableCell]) -> list[str]:
     if any(cell.estimate and cell.estimate.half is not None for cell in cells):
         seeds = sorted({cell.estimate.n for cell in cells if cell.estimate})
         n = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
-        pooled = (
-            ", one seed: pooled variance"
-            if any(cell.estimate and cell.estimate.source == "pooled" for cell in cells)
-            else ""
-        )
-        lines.append(
-            f"{'Bands' if any(s.band for s in panel.series) else 'Bars'}: 95 % interval of the mean, n = {n}{pooled}."
-        )
+        borrowed = any(cell.estimate and cell.estimate.source == "pooled" for cell in cells)
+        pooled = ", one seed: pooled variance" if borrowed else ""
+        drawn = "Bands" if any(series.band for series in panel.series) else "Bars"
+        lines.append(f"{drawn}: 95 % interval of the mean, n = {n}{pooled}.")
     elif any(cell.estimate for cell in cells):
         lines.append("One seed, no interval.")
     if missing := sum(cell.estimate is None for cell in cells):

@@ -12,6 +12,7 @@ values `boolean`, times `datetime64[us, UTC]`, other numbers `float64`; unknown 
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import gc
@@ -318,11 +319,8 @@ def _outcome(row: dict[str, Any], result: dict[str, Any]) -> None:
             if dataset.get(key) is not None:
                 row[key] = dataset[key]
     time = result.get("time") or {}
-    row["seconds"], row["started"], row["ended"] = (
-        time.get("seconds"),
-        _instant(time.get("started")),
-        _instant(time.get("ended")),
-    )
+    row["seconds"] = time.get("seconds")
+    row["started"], row["ended"] = _instant(time.get("started")), _instant(time.get("ended"))
     provenance = result.get("provenance") or {}
     for key in ("commit", "dirty", "substance"):
         row[key] = provenance.get(key)
@@ -405,11 +403,9 @@ def _load(path: Path, version: str) -> pa.Table | None:
 def _save(root: Path, table: pa.Table) -> None:
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="snappy")
-    try:
+    with contextlib.suppress(UserError):  # a read-only or full store: the frame is right all the same
         if root.is_dir():
             write_atomically(root / INDEX, buffer.getvalue())
-    except UserError:
-        pass  # a read-only or full store: the frame is right all the same
 
 
 def _frame(store: Store, index: pa.Table) -> pd.DataFrame:

@@ -275,11 +275,9 @@ def seeds_needed(judgement: Judgement, tests: int) -> int | None:
     needs = []
     for reading, is_inside in zip(judgement.readings, inside, strict=True):
         if is_inside == holds:
-            ends = [
-                abs(float(end) - reading.estimate)
-                for end in (reading.contrast.target.low, reading.contrast.target.high)
-            ]
-            needs.append(_seeds(min(ends), math.fsum(reading.spread.values()), tests))
+            target = reading.contrast.target
+            distance = min(abs(float(end) - reading.estimate) for end in (target.low, target.high))
+            needs.append(_seeds(distance, math.fsum(reading.spread.values()), tests))
     return max(needs) if holds != judgement.claim.some else min(needs)
 
 

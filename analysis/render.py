@@ -13,7 +13,7 @@ import io
 import json
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,14 +34,8 @@ CSV_COLUMNS = (
 
 
 def render(table: Table, format: str = "md") -> str:
-    """`format`: md, latex, html, csv (one line per cell) or json. LaTeX is a `table` environment; see `document`."""
-    renderers: dict[str, Callable[[Table], str]] = {
-        "md": _md,
-        "latex": _latex,
-        "html": _html,
-        "csv": _csv,
-        "json": _json,
-    }
+    """`format`: md, latex, html, csv (one line per cell) or json. LaTeX is a `table` environment."""
+    renderers: dict[str, Callable[[Table], str]] = dict(zip(FORMATS, (_md, _latex, _html, _csv, _json), strict=True))
     if format not in renderers:
         raise UserError(f"format {format!r} is unknown (allowed: {', '.join(FORMATS)})")
     return renderers[format](table)
@@ -128,10 +122,13 @@ def _mark(value: Any) -> str:
     return {True: "✓", False: "×", None: "–"}[value] if value is None or isinstance(value, bool) else str(value)
 
 
-def _split(label: str) -> tuple[str, str, str]:
-    """`AP^b_50` as (AP, b, 50); other labels as (label, "", "")."""
-    match = re.fullmatch(r"([A-Za-z]+)\^([A-Za-z])(?:_(\d+))?", label)
-    return (match[1], match[2], match[3] or "") if match else (label, "", "")
+def _label(
+    column: Column, escape: Callable[[str], str], above: str = "<sup>{}</sup>", below: str = "<sub>{}</sub>"
+) -> str:
+    """The label of a column: `AP^b_50` with its b above and its 50 below."""
+    if match := re.fullmatch(r"([A-Za-z]+)\^([A-Za-z])(?:_(\d+))?", column.label):
+        return match[1] + above.format(match[2]) + (below.format(match[3]) if match[3] else "")
+    return escape(column.label)
 
 
 def _notes(table: Table) -> list[str]:
@@ -150,9 +147,8 @@ def _md(table: Table) -> str:
     grid = _grid(table)
     header = [_md_text(text) for text in grid.leading]
     for column in grid.metrics:
-        base, above, below = _split(column.label)
-        label = _md_text(base) + (f"<sup>{above}</sup>" if above else "") + (f"<sub>{below}</sub>" if below else "")
-        header += [" ".join(filter(None, (label, _md_text(_unit(column)), grid.below[0]))), *grid.below[1:]]
+        label = (_label(column, _md_text), _md_text(_unit(column)), grid.below[0])
+        header += [" ".join(filter(None, label)), *grid.below[1:]]
     lines = [f"**{_md_text(name_of(table.artifact))}.** {_md_text(table.caption)}", ""]
     lines += [_md_row(header), _md_row([":--"] + ["--:"] * (len(header) - 1))]
     lines += [_md_row([_md_entry(entry) for entry in row]) for row in grid.rows]
@@ -188,9 +184,8 @@ def _html(table: Table) -> str:
     ]
     lines += [f'<th scope="col" rowspan="2">{html.escape(text)}</th>' for text in grid.leading]
     for column in grid.metrics:
-        base, above, below = _split(column.label)
-        label = html.escape(base) + (f"<sup>{above}</sup>" if above else "") + (f"<sub>{below}</sub>" if below else "")
-        lines.append(f'<th scope="colgroup" colspan="{len(grid.below)}">{label} {html.escape(_unit(column))}</th>')
+        label = f"{_label(column, html.escape)} {html.escape(_unit(column))}"
+        lines.append(f'<th scope="colgroup" colspan="{len(grid.below)}">{label}</th>')
     lines += [
         "</tr>",
         "<tr>",
@@ -235,9 +230,7 @@ def _tex(text: str) -> str:
 def _tex_char(char: str) -> str:
     if char in _TEX:
         return _TEX[char]
-    if " " <= char <= "~":
-        return char
-    if "À" <= char <= "ÿ" and char not in "×÷":
+    if " " <= char <= "~" or ("À" <= char <= "ÿ" and char != "÷"):
         return char
     plain = unicodedata.normalize("NFKD", char).encode("ascii", "ignore").decode()
     plain = "".join(c for c in plain if c.isprintable())
@@ -251,9 +244,8 @@ def _latex(table: Table) -> str:
     alignment = "l" + "c" * (len(grid.leading) - 1) + sides * len(grid.metrics)
     first, rules = [""] * len(grid.leading), []
     for index, column in enumerate(grid.metrics):
-        base, above, below = _split(column.label)
-        label = _tex(base) + (f"$^{{{above}}}$" if above else "") + (f"$_{{{below}}}$" if below else "")
-        first.append(rf"\multicolumn{{{per}}}{{c}}{{{label} {_tex(_unit(column))}}}")
+        label = f"{_label(column, _tex, '$^{{{}}}$', '$_{{{}}}$')} {_tex(_unit(column))}"
+        first.append(rf"\multicolumn{{{per}}}{{c}}{{{label}}}")
         start = len(grid.leading) + index * per + 1
         rules.append(rf"\cmidrule(lr){{{start}-{start + per - 1}}}")
     second = [_tex(text) for text in grid.leading] + [_tex(text) for text in grid.below] * len(grid.metrics)
@@ -279,29 +271,23 @@ def _tex_entry(entry: _Entry) -> str:
     return rf"\textcolor{{gray}}{{{text}\,{_tex(STALE)}}}" if entry.stale else text
 
 
-def document(latex: str) -> str:
-    """A LaTeX rendering as a document that compiles on its own."""
-    packages = [r"\usepackage[T1]{fontenc}", *[rf"\usepackage{{{package}}}" for package in PACKAGES]]
-    return "\n".join(
-        [r"\documentclass{article}", *packages, r"\begin{document}", latex.rstrip(), r"\end{document}", ""]
-    )
-
-
 # For machines
 def _csv(table: Table) -> str:
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, CSV_COLUMNS, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
     common = {k: getattr(table, k) for k in ("artifact", "scale", "dataset", "model", "synthetic")}
-    for row in table.rows:
-        for column, cell in row.cells.items():
-            values = cell.to_dict()
-            writer.writerow(
-                common
-                | {"row": row.name, "label": row.label, "column": column}
-                | values
-                | {"runs": " ".join(values["runs"])}
-            )
+    rows = [
+        common | {"row": row.name, "label": row.label, "column": n} | cell.to_dict() | {"runs": " ".join(cell.runs)}
+        for row in table.rows
+        for n, cell in row.cells.items()
+    ]
+    return csv_text(CSV_COLUMNS, rows)
+
+
+def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    """These columns of the rows, under their names."""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
     return buffer.getvalue()
 
 

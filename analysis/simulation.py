@@ -22,9 +22,8 @@ from analysis.paper import counts, printed
 from analysis.statistics import Pool, estimate, pool
 
 UNKNOWN = 83.5  # true mean about which cells are planted that the paper does not print
-SPREAD = (
-    0.094  # of fine-tuning accuracy between seeds: four published seeds of MAE's recipe, analysis/paper/claims.yaml
-)
+# Of fine-tuning accuracy between seeds: four published seeds of MAE's recipe, analysis/paper/claims.yaml
+SPREAD = 0.094
 SHIFTS = (0.0, 0.1, 0.3, 1.0)  # how far truths stray from the paper's numbers, each for a quarter of the universes
 
 
@@ -86,14 +85,11 @@ def simulate(universes: int, seeds: int, seed: int = 0, unequal: float = 0.0, si
     here, rng, tally = world(), np.random.default_rng(seed), Tally()
     for index in range(universes):
         shift = SHIFTS[index % len(SHIFTS)]
-        truths = {arm: _centre(name) + shift * rng.normal() for name, arm in here.arms.items()}
+        centres = {name: printed()[name].value if name in printed() else UNKNOWN for name in here.arms}
+        truths = {arm: centres[name] + shift * rng.normal() for name, arm in here.arms.items()}
         drawn = _draw(here, truths, seeds, unequal, single, rng)
         _mark(tally, judge(here.claims, drawn, counts=counts()), drawn, {n: truths[a] for n, a in here.arms.items()})
     return tally
-
-
-def _centre(cell: str) -> float:
-    return printed()[cell].value if cell in printed() else UNKNOWN
 
 
 def _draw(

@@ -106,19 +106,17 @@ def _sweep(
 ) -> Sweep:
     """The plan that the store's runs belong to. The pictures need not be here: their fingerprint is in the runs."""
     counts = contents(here)
-    certain = {key: next(iter(values)) for key, values in counts.items() if len(values) == 1}
-    sweep = plan(artifacts, scale, seeds, content=certain, cells=cells)
+    likely = {key: next(iter(values)) for key, values in counts.items()}
     unsure = {key: values for key, values in counts.items() if len(values) > 1}
-    if unsure and sweep.provisional:
-        for key, values in unsure.items():
-            found = ", ".join(f"{value} ({n} runs)" for value, n in values.items())
-            print(
-                f"{scale.name}: the store has runs on several sets of {key}: {found}; showing the first",
-                file=sys.stderr,
-            )
-        likely = {key: next(iter(values)) for key, values in unsure.items()}
-        return plan(artifacts, scale, seeds, content=certain | likely, cells=cells)
-    return sweep
+    certain = {key: value for key, value in likely.items() if key not in unsure}
+    sweep = plan(artifacts, scale, seeds, content=certain, cells=cells)
+    if not unsure or not sweep.provisional:
+        return sweep
+    for key, values in unsure.items():
+        found = ", ".join(f"{value} ({n} runs)" for value, n in values.items())
+        told = f"{scale.name}: the store has runs on several sets of {key}: {found}; showing the first"
+        print(told, file=sys.stderr)
+    return plan(artifacts, scale, seeds, content=likely, cells=cells)
 
 
 def contents(here: pd.DataFrame) -> dict[str, dict[str, int]]:

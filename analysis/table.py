@@ -127,28 +127,11 @@ class Table:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form; `rows[].cells[COLUMN]` is the same for tables and figures."""
+        plain = ("artifact", "kind", "title", "scale", "scale_title", "dataset", "model", "synthetic", "seeds", "runs")
+        of_column = ("label", "unit", "decimals", "higher_is_better")
         return {
-            "artifact": self.artifact,
-            "kind": self.kind,
-            "title": self.title,
-            "scale": self.scale,
-            "scale_title": self.scale_title,
-            "dataset": self.dataset,
-            "model": self.model,
-            "synthetic": self.synthetic,
-            "seeds": self.seeds,
-            "runs": self.runs,
-            "commits": self.commits,
-            "columns": [
-                {
-                    "column": c.name,
-                    "label": c.label,
-                    "unit": c.unit,
-                    "decimals": c.decimals,
-                    "higher_is_better": c.higher_is_better,
-                }
-                for c in self.columns
-            ],
+            **{key: getattr(self, key) for key in (*plain, "commits")},
+            "columns": [{"column": c.name} | {key: getattr(c, key) for key in of_column} for c in self.columns],
             "rows": [
                 {"row": r.name, "label": r.label, "meta": r.meta, "cells": {k: c.to_dict() for k, c in r.cells.items()}}
                 for r in self.rows

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import itertools
 import math
 import re
@@ -16,6 +14,7 @@ from ablations.cost import calibrate, gpu_hours
 from analysis.claims import Claim, claims, number, of_artifact
 from analysis.inference import MOST_SEEDS, Judgement, Measured, judge, seeds_needed
 from analysis.paper import Printed, counts, printed
+from analysis.render import csv_text
 from analysis.study import Study
 from sdae.errors import UserError
 
@@ -53,8 +52,7 @@ def ledger(study: Study) -> list[Claim]:
 def measured(study: Study) -> dict[str, Measured]:
     """The study's cells that have a value."""
     metrics = {name: cell.metric for artifact in study.artifacts for name, cell in artifact.cells.items()}
-    values = {name: cell for name, cell in study.cells.items() if cell.estimate}
-    return {n: Measured(cell.estimate, (metrics[n], *cell.runs)) for n, cell in values.items() if cell.estimate}
+    return {n: Measured(c.estimate, (metrics[n], *c.runs)) for n, c in study.cells.items() if c.estimate}
 
 
 def _stand_ins(study: Study) -> dict[str, Printed]:
@@ -151,12 +149,7 @@ def render(entries: Sequence[Mapping[str, Any]], study: Study, format: str = "md
     if format not in FORMATS:
         raise UserError(f"format {format!r}: claims are printed as {', '.join(FORMATS)} or json")
     if format == "csv":
-        buffer = io.StringIO()
-        writer = csv.DictWriter(buffer, COLUMNS, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        for entry in entries:
-            writer.writerow({**entry, "printed": " ".join(entry["printed"])})
-        return buffer.getvalue()
+        return csv_text(COLUMNS, [{**entry, "printed": " ".join(entry["printed"])} for entry in entries])
     tally = Counter(entry["verdict"] for entry in entries)
     made_up = " SYNTHETIC RESULTS, made up." if study.synthetic else ""
     lines = [

@@ -59,9 +59,8 @@ class Live:
 
     def _what(self, identity: str) -> str:
         feeds = self.sweep.runs[identity].feeds
-        return (
-            f"{identity} ({feeds[0]}{f' and {len(feeds) - 1} more' if len(feeds) > 1 else ''})" if feeds else identity
-        )
+        more = f" and {len(feeds) - 1} more" if len(feeds) > 1 else ""
+        return f"{identity} ({feeds[0]}{more})" if feeds else identity
 
     def _left(self, told: dict[str, Any]) -> str:
         """The time to the run's end, at the pace since it was first heard of."""
@@ -78,15 +77,8 @@ class Live:
             told = summary.progress.get(identity, {})
             feeds = self.sweep.runs[identity].feeds
             running.add_row(identity, feeds[0] if feeds else "", epoch(told), speed(told), self._left(told))
-        failed = [
-            Text(
-                printable(f"failed: {self._what(i)}: {summary.messages.get(i, '')}"),
-                style="red",
-                no_wrap=True,
-                overflow="ellipsis",
-            )
-            for i in summary.having("failed")[-3:]
-        ]
+        lines = [f"failed: {self._what(i)}: {summary.messages.get(i, '')}" for i in summary.having("failed")[-3:]]
+        failed = [Text(printable(line), style="red", no_wrap=True, overflow="ellipsis") for line in lines]
         return Group(Text(self._counts(summary), style="bold"), running, *failed)
 
     def _lines(self, summary: Summary) -> None:

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from cli.output import Json, ScaleName, StoreDir, emit, note, say, table
+from cli.output import Json, ScaleName, StoreDir, emit, note, say, store_at, table
 from sdae.errors import UserError
 
 LINE_SECONDS = 5.0  # between two lines of progress in a pipe
@@ -151,11 +151,14 @@ def export(
     """An encoder that timm.create_model(.., num_classes=0, checkpoint_path=..) loads."""
     if epoch != "last" and not epoch.isdigit():
         raise UserError(f"--epoch {epoch!r}: expected last, or a number of completed epochs")
-    from sdae.store import Store
     from sdae.weights import export_weights
 
     number: int | str = epoch if epoch == "last" else int(epoch)
-    _report(export_weights(Store(store), run, which.value, number, out), json)
+    report = export_weights(store_at(store), run, which.value, number, out)
+    if json:
+        return emit(report)
+    for key, value in report.items():
+        say(f"{key}: {value}")
 
 
 @weights.command("import")
@@ -202,13 +205,6 @@ def list_weights(json: Json = False) -> None:
     table(keys, [[row[key] for key in keys] for row in wishes])
 
 
-def _report(report: dict[str, Any], json: bool) -> None:
-    if json:
-        return emit(report)
-    for key, value in report.items():
-        say(f"{key}: {value}")
-
-
 def doctor(
     store: StoreDir = Path("runs"),
     profile: Annotated[
@@ -221,10 +217,9 @@ def doctor(
     json: Json = False,
 ) -> None:
     """Whether this machine, and with --profile its Slurm cluster, can run the suite; or feed it with pictures."""
-    from sdae.store import Store
     from slurm.doctor import examine, feeding
 
-    checks = feeding(Store(store), scale) if bench_data else examine(Store(store), profile)
+    checks = feeding(store_at(store), scale) if bench_data else examine(store_at(store), profile)
     if json:
         emit(checks)
     else:

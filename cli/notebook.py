@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from cli.output import ScaleName, StoreDir, note
+from cli.output import ScaleName, StoreDir, note, store_at
 from sdae.errors import UserError
 
 
@@ -29,9 +29,8 @@ def notebook(
     delete it to get it anew. They show --store at --scale, and Ctrl-C ends JupyterLab.
     """
     from ablations.scale import load_scale
-    from sdae.store import Store
 
-    load_scale(scale), Store(store)  # a wrong one is refused here, not in every cell
+    load_scale(scale), store_at(store)  # a wrong one is refused here, not in every cell
     here = sorted((files("analysis") / "notebooks").iterdir(), key=lambda file: file.name)
     ours = {file.name.removesuffix(".ipynb"): file for file in here if file.name.endswith(".ipynb")}
     if name is not None and (name := name.removesuffix(".ipynb")) not in ours:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -43,6 +44,16 @@ def seeds_or_all(text: str | None) -> list[int] | None:
     return None if text is None else parse_seeds(text)
 
 
+def store_at(folder: Path, needed: bool = False) -> Store:
+    """A command's store; UserError where it is `needed`, as there is nothing to do without one, and absent."""
+    from sdae.store import Store
+
+    store = Store(folder)
+    if needed and not store.root.is_dir():
+        raise UserError(_absent(store))
+    return store
+
+
 def emit(value: Any) -> None:
     """The one JSON document. NaN is null: not every reader knows it."""
     print(json.dumps(_plain(value), indent=1, allow_nan=False, default=str))
@@ -56,22 +67,14 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and value - value != 0 else value
 
 
-def told_synthetic(store: Store) -> Store:
-    """The store; where its results are made up, the first line on stdout says so; where there is none, stderr."""
+def told_synthetic(store: Store) -> None:
+    """Where the store's results are made up, the first line on stdout says so; where there is none, stderr."""
     if not store.root.exists():
         note(_absent(store))
-    elif not store.ids() and (others := [below for below in _folders(store.root) if type(store)(below).ids()]):
+    elif not store.ids() and (others := [below for below in _folders(store.root) if _holds_runs(below)]):
         note(f"{store.root}: no runs in it; --store {others[0]} has some")
     if store.synthetic:
         print(f"SYNTHETIC: the results in {store.root} are made up, no model was trained")
-    return store
-
-
-def existing(store: Store) -> Store:
-    """The store of a command that has nothing to do without one. UserError."""
-    if not store.root.is_dir():
-        raise UserError(_absent(store))
-    return store
 
 
 def _absent(store: Store) -> str:
@@ -83,6 +86,12 @@ def _folders(root: Path) -> list[Path]:
         return sorted(Path(entry.path) for entry in entries if entry.is_dir() and not entry.name.startswith("."))
 
 
+def _holds_runs(folder: Path) -> bool:
+    with contextlib.suppress(OSError, UserError):  # another's, or of a later version: nobody asked for it
+        return bool(store_at(folder).ids())
+    return False
+
+
 MOVES = re.compile(r"(?!\r\n)[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -90,6 +99,15 @@ def printable(text: str) -> str:
     """One line without what moves a cursor or cannot be encoded: names come from files of others."""
     flat = " ".join(text.expandtabs().splitlines())
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in flat)
+
+
+def ask(question: str, refused: str) -> None:
+    """Asks on stderr; a no ends the command, and `refused` says so."""
+    try:
+        typer.confirm(question, abort=True, err=True)
+    except typer.Abort:
+        note(refused)
+        raise typer.Exit(1) from None
 
 
 def tell(text: str) -> None:

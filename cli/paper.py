@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from cli.output import Json, Names, ScaleName, StoreDir, emit, note, seeds_or_all, tell
+from cli.output import Json, Names, ScaleName, StoreDir, emit, note, seeds_or_all, store_at, tell
 from cli.output import table as table_of
 
 app = typer.Typer(help="The paper's tables and figures, from the store.", no_args_is_help=True)
@@ -39,10 +39,9 @@ def table(
     """A table: the paper's value, the measured one, its interval, the number of seeds."""
     from analysis.render import render
     from analysis.study import build
-    from sdae.store import Store
 
     full = f"table{name}" if name.isdigit() else name
-    built = build(Store(store), full, scale, seeds_or_all(seeds))
+    built = build(store_at(store), full, scale, seeds_or_all(seeds))
     tell(render(built, "json" if json else format.value))
 
 
@@ -57,21 +56,20 @@ def figure(
     json: Json = False,
 ) -> None:
     """A figure as PNG, SVG and PDF, or its numbers."""
-    from sdae.store import Store
 
     full = f"figure{name}" if re.fullmatch(r"\d[a-z]?", name) else name
     chosen = seeds_or_all(seeds)
     if not json and format is None:
         from analysis.figures import draw
 
-        for path in draw(Store(store), full, scale, out, chosen):
+        for path in draw(store_at(store), full, scale, out, chosen):
             print(path)
         return
     from analysis.figures import PANELS
     from analysis.render import render
     from analysis.study import build
 
-    panels = [build(Store(store), panel, scale, chosen) for panel in (PANELS if full == "figure4" else (full,))]
+    panels = [build(store_at(store), panel, scale, chosen) for panel in (PANELS if full == "figure4" else (full,))]
     if json or format is Format.json:
         documents = [panel.to_dict() for panel in panels]
         return emit(documents if full == "figure4" else documents[0])
@@ -91,9 +89,8 @@ def claims(
     """The paper's sentences, and your own, against what was measured: supported, contradicted or undecided."""
     from analysis.study import study
     from analysis.verdicts import found, judge_study, render
-    from sdae.store import Store
 
-    measured = study(Store(store), artifacts or (), scale, seeds_or_all(seeds))
+    measured = study(store_at(store), artifacts or (), scale, seeds_or_all(seeds))
     entries = judge_study(measured)
     if json or format is Format.json:
         return emit(entries)
@@ -120,9 +117,8 @@ def report(
     """Everything on one page that needs no network, report.html, and the same as LaTeX and, where it is there, PDF."""
     from analysis.report import pdf, write
     from analysis.study import study
-    from sdae.store import Store
 
-    paths = write(study(Store(store), artifacts or (), scale, seeds_or_all(seeds)), out)
+    paths = write(study(store_at(store), artifacts or (), scale, seeds_or_all(seeds)), out)
     if not any(path.name == "report.pdf" for path in paths):
         debian = "Debian: texlive-latex-recommended texlive-latex-extra lmodern"
         note(f"no report.pdf: none of {', '.join(pdf.ENGINES)} is installed ({debian})")
@@ -143,9 +139,8 @@ def explain(
 ) -> None:
     """All that is behind one cell: paper, measurement, runs, configs, code, machines, checkpoints, logs."""
     from analysis.explain import explain_cell, text
-    from sdae.store import Store
 
-    found = explain_cell(Store(store), cell, artifact, scale, seeds_or_all(seeds))
+    found = explain_cell(store_at(store), cell, artifact, scale, seeds_or_all(seeds))
     emit(found) if json else tell(text(found))
 
 
@@ -163,10 +158,9 @@ def diff(
     from analysis.diff import diff as compare
     from analysis.diff import side, text
     from analysis.verdicts import judge_study
-    from sdae.store import Store
 
     chosen = seeds_or_all(seeds)
-    before, after = (side(one, Store(store), artifact or (), scale, chosen) for one in (a, b))
+    before, after = (side(one, store_at(store), artifact or (), scale, chosen) for one in (a, b))
     found = compare(before, after, judge_study(before), judge_study(after))
     emit(found) if json else tell(text(found))
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cli.output import Json, StoreDir, emit, say
+from cli.output import Json, StoreDir, emit, say, store_at
 
 
 def predict(
@@ -20,9 +20,8 @@ def predict(
 ) -> None:
     """Draw what a run of segment, detect, finetune or linprobe finds in any picture, to OUT/NAME.png."""
     from sdae.predict import predict as draw
-    from sdae.store import Store
 
-    found = draw(Store(store), run, pictures, out, score)
+    found = draw(store_at(store), run, pictures, out, score)
     if json:
         return emit(found)
     for entry in found:

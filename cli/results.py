@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.output import Json, ScaleName, StoreDir, emit, existing, note, say, seeds_or_all, table, told_synthetic
+from cli.output import Json, ScaleName, StoreDir, ask, emit, note, say, seeds_or_all, store_at, table, told_synthetic
 from sdae.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,9 +23,8 @@ Run = Annotated[str, typer.Argument(metavar="ID", help="A run's id or the beginn
 def collect(store: StoreDir = Path("runs"), json: Json = False) -> None:
     """Bring STORE/index.parquet up to date."""
     from analysis.frame import collect as gather
-    from sdae.store import Store
 
-    folder = Store(store)
+    folder = store_at(store)
     counts = {str(state): int(n) for state, n in gather(folder)["state"].value_counts().items()}
     if json:
         runs = sum(counts.values())
@@ -46,9 +45,8 @@ def list_(
 ) -> None:
     """The runs, one a line."""
     from analysis.frame import collect as gather
-    from sdae.store import Store
 
-    frame = gather(Store(store))
+    frame = gather(store_at(store))
     for column, wanted in (("scale", scale), ("stage", stage), ("state", state)):
         frame = frame if wanted is None else frame[frame[column] == wanted]
     records = jsonlib.loads(frame.to_json(orient="records", date_format="iso"))
@@ -56,7 +54,7 @@ def list_(
         return emit(records)
     keys = ["id", "state", "scale", "seed", "epochs", "top1", "loss", "seconds"]
     rows = [[f"{r[k]:.4g}" if isinstance(r.get(k), float) else r.get(k) for k in keys] for r in records]
-    told_synthetic(Store(store))
+    told_synthetic(store_at(store))
     table(keys, rows, str(store))
 
 
@@ -66,12 +64,11 @@ def show(run: Run, store: StoreDir = Path("runs"), json: Json = False) -> None:
     import yaml
 
     from analysis.export import show as look
-    from sdae.store import Store
 
-    found = look(Store(store), run)
+    found = look(store_at(store), run)
     if json:
         return emit(found)
-    told_synthetic(Store(store))
+    told_synthetic(store_at(store))
     print(yaml.safe_dump(jsonlib.loads(jsonlib.dumps(found, default=str)), sort_keys=False), end="")
 
 
@@ -79,12 +76,11 @@ def show(run: Run, store: StoreDir = Path("runs"), json: Json = False) -> None:
 def compare(first: Run, second: Run, store: StoreDir = Path("runs"), json: Json = False) -> None:
     """Where two runs differ: keys of their configs, and their numbers."""
     from analysis.export import compare as look
-    from sdae.store import Store
 
-    found = look(Store(store), first, second)
+    found = look(store_at(store), first, second)
     if json:
         return emit(found)
-    told_synthetic(Store(store))
+    told_synthetic(store_at(store))
     rows = [[key, *values, None] for key, values in found["config"].items()]
     rows += [[key, *values] for key, values in found["metrics"].items()]
     table(["", *found["runs"], "difference"], rows)
@@ -98,12 +94,11 @@ def export(
 ) -> None:
     """Every run as a row of one file."""
     from analysis.export import export as write
-    from sdae.store import Store
 
-    rows = write(Store(store), out)
+    rows = write(store_at(store), out)
     if json:
         return emit({"file": str(out), "rows": rows})
-    told_synthetic(Store(store))
+    told_synthetic(store_at(store))
     print(f"{rows} runs in {out}")
 
 
@@ -120,14 +115,12 @@ def check(
     """Names what is torn, orphaned, duplicate or stale, each with what to do next; exit 1 where something is."""
     from analysis.check import check as examine
     from analysis.check import lines, mend
-    from sdae.store import Store
     from slurm.ledger import Ledger
 
-    folder = existing(Store(store))
+    folder = store_at(store, needed=True)
     report = examine(folder, deep, Ledger(folder).astray())
     if repair:
         mend(report["findings"])
-    open_ = [finding for finding in report["findings"] if not finding.repaired]
     if json:
         emit(report | {"findings": [finding.to_dict() for finding in report["findings"]]})
     else:
@@ -136,7 +129,7 @@ def check(
             say(line)
         counts = ", ".join(f"{n} {kind}" for kind, n in report["counts"].items() if n) or "nothing wrong"
         print(f"{store}: {report['runs']} runs, store format {report['format']}: {counts}")
-    if open_:
+    if not all(finding.repaired for finding in report["findings"]):
         raise typer.Exit(1)
 
 
@@ -154,10 +147,9 @@ def prune(
 ) -> None:
     """Removes what no artifact needs at a scale: runs, and weights of kept runs that nothing asks for. Asks first."""
     from analysis.prune import remove, survey
-    from sdae.store import Store
     from slurm.ledger import Ledger
 
-    folder = existing(Store(store))
+    folder = store_at(store, needed=True)
     if not (yes or dry_run or sys.stdin.isatty()):
         raise UserError(
             "results prune: removes runs, and nobody can be asked here: --dry-run lists them, --yes does it"
@@ -175,11 +167,7 @@ def prune(
             table(["run", "state", "files", "bytes", "why"], rows, str(store))
     told = f"{len(found.runs)} runs and weights of {len(found.files)} more, {found.bytes:,} bytes"
     if not (found.nothing or yes or dry_run):
-        try:
-            typer.confirm(f"Remove {told} from {store}?", abort=True, err=True)
-        except typer.Abort:
-            note("nothing was removed")
-            raise typer.Exit(1) from None
+        ask(f"Remove {told} from {store}?", "nothing was removed")
     gone, skipped = remove(found, look()) if not (found.nothing or dry_run) else ([], [])
     if json:
         return emit(found.to_dict() | {"removed": [item.run for item in gone], "skipped": skipped, "dry_run": dry_run})

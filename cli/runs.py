@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli.output import DataDir, Jobs, Json, Names, Seeds, StoreDir, emit, note, parse_seeds, table
+from cli.output import DataDir, Jobs, Json, Names, Seeds, StoreDir, emit, note, parse_seeds, store_at, table
 from sdae.errors import UserError
 
 if TYPE_CHECKING:
@@ -47,7 +47,6 @@ def reproduce(
 ) -> None:
     """Plan, run here, collect, render: the main job. Call it again to go on; what is done is not run again."""
     from ablations.planner import plan
-    from sdae.store import Store
 
     numbers = parse_seeds(seeds)
     if synthetic:
@@ -57,7 +56,7 @@ def reproduce(
         return _made_up(artifacts, scale or "paper", numbers, *made, json)
     scale, store, out = scale or "smoke", store or Path("runs"), out or Path("paper")
     planned = plan(artifacts or (), scale, numbers, data_path=data)
-    folder = Store(store)
+    folder = store_at(store)
     summary = run_here(planned, folder, jobs, retry=False)
     if summary.interrupted:
         raise typer.Exit(INTERRUPTED)
@@ -124,14 +123,13 @@ def run(
 ) -> None:
     """One run, here; torchrun and srun start the same entry. Stopped by a signal it exits with 75: call it again."""
     from sdae.config import load
-    from sdae.store import Store
 
     loaded = load(config, set_)
     from sdae.run import execute
 
     first = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
     with progress_bar(first and sys.stderr.isatty()) as tell:
-        result = execute(loaded, Store(store), progress=tell if first else None)
+        result = execute(loaded, store_at(store), progress=tell if first else None)
     if first and json:
         emit(result)
     elif first:

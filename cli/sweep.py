@@ -19,12 +19,14 @@ from cli.output import (
     ScaleName,
     Seeds,
     StoreDir,
+    ask,
     emit,
     note,
     parse_seeds,
     printable,
     say,
     seeds_or_all,
+    store_at,
     table,
     told_synthetic,
 )
@@ -59,13 +61,12 @@ GRACE = 300.0
 def list_(scale: ScaleName = "smoke", seeds: Seeds = "0", store: StoreDir = Path("runs"), json: Json = False) -> None:
     """The suite's artifacts: cells, runs, and how many of these are done."""
     from ablations.scale import load_scale
-    from sdae.store import Store
     from slurm.status import overview
 
-    rows = overview(load_scale(scale), parse_seeds(seeds), Store(store))
+    rows = overview(load_scale(scale), parse_seeds(seeds), store_at(store))
     if json:
         return emit(rows)
-    told_synthetic(Store(store))
+    told_synthetic(store_at(store))
     keys = ["artifact", "kind", "cells", "filled", "runs", "done", "title"]
     table(keys, [[row[key] for key in keys] for row in rows], scale)
 
@@ -81,21 +82,20 @@ def plan(
 ) -> None:
     """What would be run: every run once, needs first, with the cells that it feeds."""
     from ablations.planner import plan as make
-    from sdae.store import Store
 
-    fingerprint = Store(store).fingerprint
-    _tell_plan(make(artifacts or (), scale, parse_seeds(seeds), data_path=data, content=fingerprint), store, json)
+    folder = store_at(store)
+    planned = make(artifacts or (), scale, parse_seeds(seeds), data_path=data, content=folder.fingerprint)
+    _tell_plan(planned, folder, json)
 
 
-def _tell_plan(planned: Sweep, store: Path, json: bool) -> None:
+def _tell_plan(planned: Sweep, store: Store, json: bool) -> None:
     from ablations.cost import plan_document
-    from sdae.store import Store
 
-    document = plan_document(planned, Store(store))
+    document = plan_document(planned, store)
     _tell_provisional(planned)
     if json:
         return emit(document)
-    told_synthetic(Store(store))
+    told_synthetic(store)
     rows = [[r["id"], r["state"], len(r["needs"]), r["feeds"][0], len(r["feeds"])] for r in document["runs"]]
     table(["run", "state", "needs", "feeds", "cells"], rows, planned.scale.title)
     hours = document["gpu_hours"]
@@ -132,16 +132,15 @@ def submit(
 ) -> None:
     """Run what is not done, here or on Slurm. Failed runs stay failed; see retry."""
     from ablations.planner import plan as make
-    from sdae.store import Store
 
-    planned = make(artifacts or (), scale, parse_seeds(seeds), data_path=data)
-    planned = _affordable(planned, Store(store), max_gpu_hours, fit)
+    planned, folder = make(artifacts or (), scale, parse_seeds(seeds), data_path=data), store_at(store)
+    planned = _affordable(planned, folder, max_gpu_hours, fit)
     _fits(on, profile, jobs)
     if on is Place.slurm:
-        return _on_slurm(planned, Store(store), profile, dry_run, json, failed=False)
+        return _on_slurm(planned, folder, profile, dry_run, json, failed=False)
     if dry_run:
-        return _tell_plan(planned, store, json)
-    _run(planned, Store(store), jobs, json, retry=False)
+        return _tell_plan(planned, folder, json)
+    _run(planned, folder, jobs, json, retry=False)
 
 
 def _fits(on: Place, profile: Path | None, jobs: int | None) -> None:
@@ -192,10 +191,9 @@ def retry(
 ) -> None:
     """Run the failed and lost runs again, and those that wait for them."""
     from ablations.planner import plan as make
-    from sdae.store import Store
     from slurm.local import failed_part
 
-    planned, folder = make(artifacts or (), scale, parse_seeds(seeds), data_path=data), Store(store)
+    planned, folder = make(artifacts or (), scale, parse_seeds(seeds), data_path=data), store_at(store)
     _fits(on, profile, jobs)
     if on is Place.slurm:
         return _on_slurm(planned, folder, profile, dry_run, json, failed=True)
@@ -203,7 +201,7 @@ def retry(
     runs = ", ".join(planned.runs)
     note(f"to run again, with what waits for them: {runs}" if runs else "nothing has failed")
     if dry_run:
-        return _tell_plan(planned, store, json)
+        return _tell_plan(planned, folder, json)
     _run(planned, folder, jobs, json, retry=True)
 
 
@@ -298,11 +296,10 @@ def heal(
     json: Json = False,
 ) -> None:
     """Put right what Slurm lost: adopt, release, end what waits in vain, submit lost runs again. For cron, too."""
-    from sdae.store import Store
     from slurm.look import last_submission, recorded, wanted
     from slurm.sweep import hand_over, profile_of
 
-    folder = Store(store)
+    folder = store_at(store)
     last = last_submission(folder)
     if last is None:
         note(f"{store}: nothing was handed to Slurm")
@@ -346,17 +343,13 @@ def cancel(
     json: Json = False,
 ) -> None:
     """End this store's queued and running tasks. Their runs can be submitted again, and go on where they were."""
-    from sdae.store import Store
     from slurm.sweep import end, take_back
 
-    found, identities = take_back(_runs(artifacts, scale, seeds, Store(store), data), Store(store))
+    folder = store_at(store)
+    found, identities = take_back(_runs(artifacts, scale, seeds, folder, data), folder)
     if identities and not yes:
         note(f"to be ended: {', '.join(identities[:8])}{', ..' if len(identities) > 8 else ''}")
-        try:
-            typer.confirm(f"End {_runs_of(len(identities))}?", abort=True, err=True)
-        except typer.Abort:
-            note("nothing was cancelled (--yes does not ask)")
-            raise typer.Exit(1) from None
+        ask(f"End {_runs_of(len(identities))}?", "nothing was cancelled (--yes does not ask)")
     ended = end(identities, found) if identities else []
     if json:
         return emit({"cancelled": ended})
@@ -378,13 +371,12 @@ def status(
     """How the runs stand: waiting, queued, running (epoch, images/s, time left), done, failed (with its last lines),
     lost (heal submits them again), new."""
     from cli.live import watched
-    from sdae.store import Store
     from slurm.status import status as describe
     from slurm.sweep import look
 
     if watch and json:
         raise UserError("--watch: not with --json, which is one document (call it again)")
-    folder = Store(store)
+    folder = store_at(store)
     runs = _runs(artifacts, scale, seeds, folder, data)
 
     def document() -> dict[str, Any]:
@@ -422,15 +414,15 @@ def logs(
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on printing until the run ends.")] = False,
 ) -> None:
     """What a run wrote to its log, or Slurm to its job's."""
-    from sdae.store import Store
     from slurm.local import followed, tail
     from slurm.look import find, log_of, queued
 
-    run = find(Store(store), identity)
+    folder = store_at(store)
+    run = find(folder, identity)
     size = run.log.stat().st_size if run.log.exists() else 0
-    for line in tail(log_of(Store(store), run.id), lines):
+    for line in tail(log_of(folder, run.id), lines):
         say(line)
     if follow:
         with contextlib.suppress(KeyboardInterrupt):
-            for text in followed(run, size, time.sleep, queued(Store(store), run.id)):
+            for text in followed(run, size, time.sleep, queued(folder, run.id)):
                 print("\n".join(map(printable, text.split("\n"))), end="", flush=True)

@@ -19,7 +19,7 @@ from synthetic import fill
 
 from ablations.planner import Column, available, plan
 from analysis.explain import explain
-from analysis.render import CSV_COLUMNS, FORMATS, _tex, document, measured_text, name_of, render
+from analysis.render import CSV_COLUMNS, FORMATS, PACKAGES, _tex, measured_text, name_of, render
 from analysis.statistics import Estimate
 from analysis.study import Study, build, study
 from analysis.table import Table, TableCell, TableRow
@@ -183,7 +183,9 @@ def test_json_comes_back(text: str) -> None:
 def test_latex_compiles(store: Store, tmp_path: Path) -> None:
     parts = [render(build(store, artifact, "smoke"), "latex") for artifact in available()]
     parts.append(render(table_of(NASTY, NASTY, NASTY, NASTY), "latex"))
-    (tmp_path / "all.tex").write_text(document("\n".join(parts)), encoding="utf-8")
+    head = [r"\documentclass{article}", r"\usepackage[T1]{fontenc}", *(rf"\usepackage{{{name}}}" for name in PACKAGES)]
+    lines = [*head, r"\begin{document}", *parts, r"\end{document}", ""]
+    (tmp_path / "all.tex").write_text("\n".join(lines), encoding="utf-8")
     flags = ["-interaction=nonstopmode", "-halt-on-error", "-no-shell-escape"] if "pdflatex" in str(TEX) else []
     ran = subprocess.run(
         [str(TEX), *flags, "all.tex"], cwd=tmp_path, capture_output=True, text=True, errors="replace", timeout=120

@@ -81,6 +81,21 @@ def test_the_views_of_a_study(tmp_path: Path) -> None:
         dense.evaluation_of(store.run(some.id))
     with pytest.raises(UserError, match=r"cell 'table3\.none\.miou' is unknown"):
         dense.first_run(found, "table3.none.miou")
+    for wrong, what in (
+        ({"classes": []}, "classes: "),
+        ({"classes": CLASSES}, "ap_box: missing"),
+        (SEGMENT | {"iou": ["80", 1.0, 2.0, 3.0]}, "iou.0"),
+        (SEGMENT | {"confusion": CONFUSION[1:]}, "not one value for each of its 4 classes"),
+        (SEGMENT | {"confusion": [*CONFUSION[1:], [1]]}, "not one value for each of its 4 classes"),
+        (
+            DETECT | {"precision": {"bbox": CURVE["bbox"]}},
+            "precision: expected bbox and segm, each with 0.5, 0.75, mean",
+        ),
+    ):
+        folder.path.joinpath("evaluation.json").write_text(json.dumps(wrong))
+        with pytest.raises(UserError, match=f"evaluation.json: {what}"):
+            dense.evaluation_of(folder)
+        assert len(dense.views(found)) == len(entries) - (1 if folder.id == some.id else 2)
     empty = study(Store(tmp_path / "none"), ["table3"], "smoke")
     with pytest.raises(UserError, match=f"{cells[0]}: not run"):
         dense.first_run(empty, cells[0])

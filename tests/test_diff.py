@@ -211,4 +211,5 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert said.out.startswith("SYNTHETIC")
     assert "A: a, 12 runs at scale paper\nB: b, 16 runs at scale paper\n4 moved, 0 appeared" in said.out
     assert len(json.loads(call(*words, "--seeds", "0,1,2", "--json").out)["cells"]) == 0
-    assert_refused(call("paper", "diff", "a", "yesterday"), "'yesterday': neither a folder nor a time")
+    for when in ("yesterday", "0001-01-01T00:00+10:00", "9999-12-31T23:59-10:00"):  # the years 0 and 10000 in UTC
+        assert_refused(call("paper", "diff", "a", when, "--store", "a"), f"{when!r}: neither a folder nor a time")

@@ -13,6 +13,7 @@ from synthetic import fill, run_of
 
 from ablations.planner import Sweep, available, plan
 from analysis.explain import explain, text
+from analysis.report import page
 from analysis.study import Study, study
 from sdae import provenance
 from sdae.errors import UserError
@@ -138,9 +139,25 @@ def test_runs_that_are_not_done_say_so(store: Store, sweep: Sweep) -> None:
     with store.run(second.id).claim():
         store.run(second.id).write("heartbeat.json", {"epoch": 3.0, "epochs": 5, "time": time.time()})
         found = of_table5(store)
+        for epoch in (None, "3", [3]):
+            store.run(second.id).write("heartbeat.json", {"epoch": epoch, "epochs": 5, "time": time.time()})
+            assert [run["message"] for run in of_table5(store)["runs"]][1] is None
     assert [run["state"] for run in found["runs"]] == ["failed", "running"]
     assert [run["message"] for run in found["runs"]] == ["NonFiniteLoss: loss is nan at step 7", "epoch 3 of 5"]
     assert all(run["gpu_hours"] is None and run["ended"] is None for run in found["runs"])
+
+
+def test_a_result_that_says_no_number_of_processes(store: Store, sweep: Sweep) -> None:
+    file = store.run(run_of(sweep, FOLDS).id).path / "result.json"
+    result = json.loads(file.read_text()) | {"device": "a GPU"}
+    hours = []
+    for processes in (1, 3, None, "many", [8], {"a": 1}):
+        file.write_text(json.dumps(result | {"world_size": processes}))
+        hours.append(page.hours(study(store, ["table5"], "smoke", (0, 1))))
+        assert of_table5(store)["runs"][0]["state"] == "done"
+    one = hours[0]
+    assert hours[1][0] - one[0] == pytest.approx(2 * result["time"]["seconds"] / 3600)
+    assert hours[2:] == [one] * 4
 
 
 def test_stale_is_the_run_or_what_it_started_from(store: Store, sweep: Sweep) -> None:

@@ -28,6 +28,7 @@ from conftest import DECODER, TINY
 
 from sdae.store import Store
 from sdae.yamls import merge
+from slurm import doctor
 
 LATEX = ("pdflatex", "tectonic", "xelatex", "lualatex", "latexmk")
 
@@ -84,6 +85,12 @@ def test_in_the_wrong_folder(here: Path) -> None:
     (here / "out" / "runs" / "pretrain-0123456789abcdef").mkdir(parents=True)
     above = cli(here, "results", "list", "--store", "out")
     assert (above.code, above.err) == (0, "out: no runs in it; --store out/runs has some\n")
+    (here / "out" / "later").mkdir()
+    (here / "out" / "later" / "FORMAT").write_text("99\n")
+    above = cli(here, "results", "list", "--store", "out")
+    assert (above.code, above.err) == (0, "out: no runs in it; --store out/runs has some\n"), (
+        "nobody asked for out/later"
+    )
 
 
 # 2. Without pictures
@@ -346,6 +353,12 @@ def test_two_terminals_on_one_store(here: Path) -> None:
         stopped = ended(first)
     assert stopped.code == 75
     assert "its state is saved, run it again to go on" in stopped.err
+
+
+@pytest.mark.parametrize(("found", "ok"), [("2.11rc1", True), ("3", True), ("2.10.1", False), ("unknown", False)])
+def test_doctor_reads_any_version(found: str, ok: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "version", lambda name: found)
+    assert {row["check"]: row["ok"] for row in doctor.packages()}["torch"] is ok
 
 
 # 8. Without Slurm

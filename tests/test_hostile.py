@@ -34,7 +34,6 @@ from analysis.export import show
 from analysis.figures import draw
 from analysis.frame import collect
 from analysis.publish import publish
-from analysis.render import document
 from cli.output import printable
 from sdae.config import dump, load, parse, run_id
 from sdae.data.coco import parsed
@@ -501,7 +500,6 @@ def test_latex_holds_no_command_of_a_name(pages: dict[str, str]) -> None:
             depth += 1 if brace == "{" else -1
             assert depth >= 0, f"{name}: a name closes a group of the page's"
         assert depth == 0, f"{name}: a name opens a group"
-    assert r"\begin{document}" in document(pages["own.tex"])
 
 
 def test_markdown_holds_no_element_of_a_name(pages: dict[str, str]) -> None:

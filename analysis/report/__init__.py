@@ -16,7 +16,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from analysis.dense import views
+from analysis.dense import data_uri, views
 from analysis.figures import drawn
 from analysis.render import render
 from analysis.report import pdf
@@ -75,7 +75,7 @@ def html(study: Study, found: dict[str, Any], figures: dict[str, bytes]) -> str:
         found,
         html={name: Markup(render(table, "html")) for name, table in study.tables.items()},  # nosec B704
         dense=views(study),
-        images={name: _data_uri(svg) for name, svg in figures.items()},
+        images={name: data_uri(svg, "image/svg+xml") for name, svg in figures.items()},
         run_rows=Markup("\n".join(_row(row, digits) for row in found["runs"]["rows"])),  # nosec B704
         style=Markup(style),  # nosec B704
         script=Markup(script),  # nosec B704
@@ -99,7 +99,3 @@ def _row(values: list[Any], digits: list[int | None]) -> str:
 def _hash(text: str) -> str:
     """As a content security policy names an inline style or script."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-
-def _data_uri(svg: bytes) -> str:
-    return "data:image/svg+xml;base64," + base64.b64encode(svg).decode()

@@ -14,10 +14,10 @@ from analysis.audit import audit, release
 from analysis.figures import alternative
 from analysis.render import name_of
 from analysis.study import Study
-from analysis.verdicts import found
+from analysis.verdicts import VERDICTS, found
+from sdae.store import number
 
 AGREES = {False: "disagrees", None: "cannot be told", True: "agrees"}
-VERDICTS = ("supported", "contradicted", "undecided")
 # Of the list of runs: name, heading, and the decimals of those that are numbers
 COLUMNS: list[tuple[str, str, int | None]] = [
     ("id", "Run", None), ("stage", "Stage", None), ("state", "State", None), ("scale", "Scale", None),
@@ -28,17 +28,14 @@ COLUMNS: list[tuple[str, str, int | None]] = [
 
 
 def contents(study: Study, verdicts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    tables = [{"name": t.artifact, "title": name_of(t.artifact), "kind": t.kind} for t in study.tables.values()]
-    for entry in tables:
-        if entry["kind"] == "figure":
-            entry["alt"] = alternative(study.tables[entry["name"]])
+    entries = [(t, {"name": t.artifact, "title": name_of(t.artifact), "kind": t.kind}) for t in study.tables.values()]
     return {
         "scale": study.scale.name,
         "synthetic": study.synthetic,
         "facts": facts(study),
         "summary": summary(study, verdicts),
-        "tables": [entry for entry in tables if entry["kind"] == "table"],
-        "figures": [entry for entry in tables if entry["kind"] == "figure"],
+        "tables": [entry for table, entry in entries if table.kind == "table"],
+        "figures": [entry | {"alt": alternative(table)} for table, entry in entries if table.kind == "figure"],
         "claims": claims(verdicts),
         "audit": _audited(audit(), "quote"),
         "release": _audited(release(), "setting"),
@@ -93,9 +90,8 @@ def hours(study: Study) -> tuple[float, float]:
     done = _mine(study).query("state == 'done'")
     seconds = done["seconds"].fillna(0.0) / 3600
     cpu = done["device"].eq("cpu").fillna(False).astype(bool)
-    processes = [
-        (study.store.run(str(identity)).result() or {}).get("world_size") or 1 for identity in done.index[~cpu]
-    ]
+    results = (study.store.run(str(identity)).result() or {} for identity in done.index[~cpu])
+    processes = [max(number(result, "world_size"), 1) for result in results]
     return float((seconds[~cpu] * processes).sum()), float(seconds[cpu].sum())
 
 
@@ -113,11 +109,7 @@ def runs(study: Study) -> dict[str, Any]:
     """A row for every run of the store and for every planned one that is not there yet, in the order of `COLUMNS`."""
     frame, planned = study.frame, study.sweep.runs
     feeds = {identity: _feeds(run.feeds) for identity, run in planned.items()}
-    shown = pd.DataFrame(index=frame.index)
-    for name in ("stage", "state", "scale", "device", "message"):
-        shown[name] = frame[name].astype(object)
-    for name in ("seed", "epochs"):
-        shown[name] = frame[name].astype(object)
+    shown = frame[["stage", "state", "scale", "device", "message", "seed", "epochs"]].astype(object)
     for name, digits in (("top1", 2), ("loss", 4)):
         shown[name] = frame[name].round(digits)
     shown["minutes"] = (frame["seconds"] / 60).round(1)

@@ -6,17 +6,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from analysis.explain import explain
+from analysis.explain import SOURCES, explain, machine
 from analysis.render import name_of
 from analysis.study import Study
 
 DETAILED = 5  # runs of a cell that are told one by one
 SHOWN = 12  # entries of any list
 LENGTH = 2000  # characters of any text
-SOURCES = {
-    "seeds": "its seeds", "pooled": "the variance pooled over the stage's arms", "repeats": "the repeats in the run",
-    None: "nothing: one seed, and no arm of the stage has several",
-}  # fmt: skip
+NOTHING = "nothing: one seed, and no arm of the stage has several"  # tells the interval
 
 
 def explanations(study: Study) -> dict[str, Any]:
@@ -46,10 +43,9 @@ def _known(e: dict[str, Any], others: list[str], digits: int) -> Iterator[tuple[
     yield "Paper", f"{paper['value']:.{paper['decimals']}f}{unit} ({paper['where']})" if paper else "does not print it"
     if measured:
         yield "Measured", f"{measured['mean']:.{digits}f}{unit}, the mean of {measured['n']}"
-        bounds = (
-            "" if measured["low"] is None else f"{measured['low']:.{digits}f} to {measured['high']:.{digits}f}, from "
-        )
-        yield "Interval (95 %)", bounds + SOURCES[measured["source"]]
+        bounds = [f"{measured[end]:.{digits}f}" for end in ("low", "high") if measured[end] is not None]
+        source = SOURCES.get(measured["source"], NOTHING)
+        yield "Interval (95 %)", f"{' to '.join(bounds)}, from {source}" if bounds else source
     else:
         yield "Measured", f"nothing: {e['state']}"
     if e["difference"] is not None:
@@ -81,7 +77,8 @@ def _run(run: dict[str, Any], digits: int, takes: str | None = None) -> dict[str
     facts = {
         "title": ", ".join(filter(None, [f"seed {run['seed']}: {run['id']}", run["state"], value])), "Takes": takes,
         "Run": run["id"], "Message": run["message"], "Commit": _code(run),
-        "Machine": _machine(run["environment"] or {}), "Ended": run["ended"], "GPU-hours": _hours(run),
+        "Machine": machine(run), "Ended": run["ended"],
+        "GPU-hours": None if run["gpu_hours"] is None else f"{run['gpu_hours']:.3g} on {run['device']}",
         "Checkpoints": [_file(file) for file in run["checkpoints"]],
         "Log": "\n".join(run["log"]) + "\n" if run["log"] else None,
     }  # fmt: skip
@@ -97,19 +94,6 @@ def _code(run: dict[str, Any]) -> str | None:
         return None
     changed = " with changes" if run["dirty"] else ""
     return str(run["commit"])[:10] + changed + (", substance changed since" if run["stale"] else "")
-
-
-def _machine(environment: dict[str, Any]) -> str:
-    gpus = environment.get("gpus") or []
-    devices = (
-        f"{len(gpus)} x {gpus[0]}" if gpus else f"{environment['cores']} cores" if environment.get("cores") else ""
-    )
-    versions = [f"{name} {environment[name]}" for name in ("python", "torch") if environment.get(name)]
-    return ", ".join(filter(None, [environment.get("host"), devices, *versions]))
-
-
-def _hours(run: dict[str, Any]) -> str | None:
-    return None if run["gpu_hours"] is None else f"{run['gpu_hours']:.3g} on {run['device']}"
 
 
 def _file(file: dict[str, Any]) -> dict[str, Any]:
