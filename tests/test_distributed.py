@@ -55,7 +55,7 @@ def numbers(folder: RunFolder) -> tuple[list[int], list[float], list[float]]:
     [
         ("pretrain", {"probe": {"knn_every": 3, "pictures": 45}}),
         ("finetune", {"data": {"val_pictures": 51, "augment": MIXING}, "efficiency": {"micro_batch": 3}}),
-        ("linprobe", {"data": {"val_pictures": 51}, "optim": {"base_lr": 1.0}}),
+        ("linprobe", {"data": {"val_pictures": 51}, "optim": {"base_lr": 0.1}}),
     ],
 )
 def test_two_processes_give_the_numbers_of_one(stage: str, changes: dict[str, Any], tmp_path: Path) -> None:

@@ -116,8 +116,8 @@ def test_all_artifacts_have_the_numbers_of_the_local_executor(cluster: Cluster, 
 
 @pytest.mark.slow
 def test_two_nodes_give_the_numbers_of_one_process(cluster: Cluster, tmp_path: Path) -> None:
-    """To 1e-6 over 40 steps, in which no rounding has had time to grow, and to 1e-5 over all; and bit for bit those of
-    two nodes that nobody has warned, made to save and requeued."""
+    """To 1e-6, with steps so small that no rounding grows; and bit for bit those of two nodes that nobody has warned,
+    made to save and requeued."""
     warned, calm = (Yard(cluster, tmp_path / name, nodes=2, cpus=1) for name in ("warned", "calm"))
     row = {"runs": {"pretrain": {"recipe": "sdae", "optim": {"epochs": 3000}}}}
     columns = {"loss": {"run": "pretrain", "metric": "loss"}}
@@ -133,7 +133,7 @@ def test_two_nodes_give_the_numbers_of_one_process(cluster: Cluster, tmp_path: P
         cluster.run("scancel", "--signal=USR2", *warned.jobs(long))
         smoke = (ROOT / "ablations" / "scales" / "smoke.yaml").read_text()
         gentle = calm.folder / "gentle.yaml"  # larger steps make something of the last digit
-        gentle.write_text(smoke.replace("base_lr: 4.0e-3", "base_lr: 2.0e-4"))
+        gentle.write_text(smoke.replace("base_lr: 4.0e-3", "base_lr: 2.0e-5"))
         words = ("own.yaml", "--scale", gentle)
         runs = calm.submit("long.yaml")["submitted"] + calm.submit(*words)["submitted"]
         here = calm.cli("sweep", "submit", *words, "--store", "local", "--jobs", 1)
@@ -150,9 +150,7 @@ def test_two_nodes_give_the_numbers_of_one_process(cluster: Cluster, tmp_path: P
             together, alone = calm.run(identity), Store(calm.folder / "local").run(identity)
             assert (together.result() or {})["world_size"] == 2
             ours, wanted = numbers(together), numbers(alone)
-            assert ours == pytest.approx(wanted, rel=1e-5)
-            early = [key for key in wanted if key.startswith("loss ") and int(key.split()[1]) <= 40]
-            assert early and [ours[key] for key in early] == pytest.approx([wanted[key] for key in early], rel=1e-6)
+            assert ours == pytest.approx(wanted, rel=1e-6)
     finally:
         warned.forget()
         calm.forget()
