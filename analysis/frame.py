@@ -34,7 +34,7 @@ import pyarrow.parquet as pq
 
 from sdae.config import NEUTRAL, NOT_SCIENCE
 from sdae.errors import UserError
-from sdae.files import parse_json, read_json, read_plain, write_atomically
+from sdae.files import forget_dead, parse_json, read_json, read_plain, write_atomically
 from sdae.store import FORMAT, MARK, Store
 from sdae.yamls import read_own
 
@@ -139,6 +139,8 @@ def collect(store: Store) -> pd.DataFrame:
             if enabled:
                 gc.enable()
         _save(store.root, index)
+    else:
+        forget_dead(store.root, INDEX)  # what a killed one left; else the next that writes does it
     return _frame(store, index)
 
 

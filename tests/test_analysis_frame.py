@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from analysis.frame import COLUMNS, INDEX, arm_name, collect, config_hash
 from analysis.table import arms
 from sdae.config import dump, run_id
 from sdae.errors import UserError
+from sdae.files import temporary_of
 from sdae.store import Store
 
 
@@ -97,6 +100,19 @@ def test_only_what_changed_is_read_again(store: Store, sweep: Sweep, monkeypatch
     assert len(seen) == 1
     (store.root / INDEX).write_bytes(b"not parquet")
     assert len(collect(store)) == len(first) - 1
+
+
+def test_what_a_killed_writer_left_goes_though_nothing_is_written(store: Store) -> None:
+    collect(store)
+    code = f"from pathlib import Path; from sdae.files import temporary_of; print(temporary_of(Path({INDEX!r})))"
+    left = store.root / subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()
+    mine = temporary_of(store.root / INDEX)
+    for path in (left, mine):
+        path.write_bytes(b"half")
+    collect(store)
+    assert not left.exists()
+    assert mine.exists(), "of a process that lives"
+    mine.unlink()
 
 
 def test_a_store_that_cannot_be_written_is_read(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
