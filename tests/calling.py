@@ -54,3 +54,10 @@ def assert_refused(called: Called, *parts: str) -> None:
     assert called.err.count("\n") == 1, called.err
     for part in parts:
         assert part in called.err, called.err
+
+
+def assert_ends(program: str, error: str) -> None:
+    """A Python program that an error ends: it does end, and says it."""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 1
+    assert error in ended.stderr

@@ -32,6 +32,7 @@ Split = Literal["train", "val"]
 Size = tuple[int, int]  # height, width
 Shape = NDArray[np.bool_] | list[NDArray[np.float64]]
 BUILTIN_PICTURES = {"train": 2048, "val": 512}
+CACHED = {"classes": list, "train": int, "val": int}  # what is kept of COCO's json
 
 
 class Scene(NamedTuple):
@@ -91,11 +92,7 @@ def listing_of(data: DetectData) -> Listing:
     found = None
     with contextlib.suppress(OSError):
         found = read_record(cached)
-    if found is None or {key: type(value) for key, value in found.items()} != {
-        "classes": list,
-        "train": int,
-        "val": int,
-    }:
+    if found is None or {key: type(value) for key, value in found.items()} != CACHED:
         found = _found(data)
         with contextlib.suppress(OSError, UserError):  # a cache that cannot be written is no cache
             cached.parent.mkdir(parents=True, exist_ok=True)
