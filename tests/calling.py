@@ -58,6 +58,6 @@ def assert_refused(called: Called, *parts: str) -> None:
 
 def assert_ends(program: str, error: str) -> None:
     """A Python program that an error ends: it does end, and says it."""
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=600)
     assert ended.returncode == 1
     assert error in ended.stderr

@@ -90,7 +90,7 @@ class Campaign:
         assert set(self.yard.states().values()) == {"done"}
         tasks = [note["job"] for run in self.runs for note in self.yard.run(run).notes() if note["event"] == "start"]
         assert len(tasks) >= len(self.runs)
-        self.cluster.until(lambda: not any(map(self.yard.jobs, self.runs)), 60, self.cluster.queue)
+        self.cluster.until(lambda: not any(map(self.yard.jobs, self.runs)), self.cluster.queue)
 
     def tell(self) -> str:
         attempts = sum(len(self.yard.starts(run)) for run in self.runs)

@@ -27,10 +27,11 @@ import pytest
 
 HOUSE = Path(__file__).resolve().parents[1] / "examples" / "slurm-on-one-machine"
 SETTINGS = {"INSTALL": "no", "GRACE": "10"}  # of up.sh, where the environment has no others
+PATIENCE = 300.0  # seconds; who waits for what a Slurm that others fill, on a slow machine, comes to in time
 T = TypeVar("T")
 
 
-def until(condition: Callable[[], T], seconds: float, what: str | Callable[[], str]) -> T:
+def until(condition: Callable[[], T], what: str | Callable[[], str], seconds: float = PATIENCE) -> T:
     """What `condition` returns as soon as that is true; AssertionError after `seconds`."""
     end = time.monotonic() + seconds
     while True:
@@ -63,7 +64,7 @@ class Cluster:
 
     # Commands
 
-    def run(self, *words: object, timeout: float = 60) -> str:
+    def run(self, *words: object, timeout: float = PATIENCE) -> str:
         """A command's stdout, stripped. AssertionError with its stderr where it fails or takes longer."""
         return _output([str(word) for word in words], self.env, timeout)
 
@@ -83,9 +84,9 @@ class Cluster:
         rows = [line.split() for line in self.squeue("--array", "--format=%i %F %T").splitlines()]
         return " ".join(state for each, array, state in rows if job in (each, array))
 
-    def wait(self, job: str, state: str = "", seconds: float = 60) -> None:
+    def wait(self, job: str, state: str = "") -> None:
         """Until the job is in this state, over where none is given."""
-        until(lambda: self.state(job) == state, seconds, lambda: f"job {job} {state or 'over'}\n{self.queue()}")
+        until(lambda: self.state(job) == state, lambda: f"job {job} {state or 'over'}\n{self.queue()}")
 
     def queue(self) -> str:
         """Jobs and nodes, for messages."""
@@ -127,7 +128,7 @@ class Cluster:
                     os.kill(pid, signal.SIGKILL)
             return not pids
 
-        until(empty, 20, f"no process on node {node}")
+        until(empty, f"no process on node {node}")
 
     def report_down(self, node: int) -> None:
         """Tells Slurm that the node is down, as a health check does: its jobs are requeued without a time-out."""
@@ -145,18 +146,18 @@ class Cluster:
                 return "is UP" in self.run("scontrol", "ping")
             return False
 
-        until(answers, 30, "slurmctld answers")
+        until(answers, "slurmctld answers")
 
     def revive(self) -> None:
         """Starts whatever has died and resumes the nodes that are down or drained."""
-        _output(["bash", str(HOUSE / "up.sh"), str(self.dir)], self.env, 120)
+        _output(["bash", str(HOUSE / "up.sh"), str(self.dir)], self.env, PATIENCE)
 
     def cancel_all(self) -> None:
         """Cancels every job and waits until none is left, on the nodes as well."""
         jobs = set(self.squeue("--format=%A").split())
         if jobs:
             self.run("scancel", *sorted(jobs))
-        until(lambda: not self.squeue(), 60, lambda: f"an empty queue\n{self.queue()}")
+        until(lambda: not self.squeue(), lambda: f"an empty queue\n{self.queue()}")
 
     @contextlib.contextmanager
     def configured(self, **keys: object) -> Iterator[None]:
@@ -180,7 +181,7 @@ class Cluster:
             os.kill(pid, number)
         except (OSError, ValueError):
             return  # does not run
-        until(lambda: not _runs(pid), 30, f"{daemon} has ended")
+        until(lambda: not _runs(pid), f"{daemon} has ended")
 
 
 class Failed(AssertionError):
@@ -217,7 +218,7 @@ def _lock(path: Path, kind: int, seconds: float) -> IO[bytes]:
         return False
 
     try:
-        until(locked, seconds, f"a lock on {path}")
+        until(locked, f"a lock on {path}", seconds)
     except AssertionError:
         file.close()
         raise
@@ -236,7 +237,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
     down = ["bash", str(HOUSE / "down.sh"), str(folder), "--purge"]
     settings = {f"ONE_MACHINE_{k}": v for k, v in SETTINGS.items()}
     settings |= {k: v for k, v in os.environ.items() if k.startswith("ONE_MACHINE_")}
-    alive, watch = _lock(lock, fcntl.LOCK_SH, 60), None
+    alive, watch = _lock(lock, fcntl.LOCK_SH, PATIENCE), None
     try:
         if shutil.which("flock"):
             watch = subprocess.Popen(
@@ -244,7 +245,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             )  # fmt: skip
         try:
-            _output(["bash", str(HOUSE / "up.sh"), str(folder)], cluster.env | settings, 120)
+            _output(["bash", str(HOUSE / "up.sh"), str(folder)], cluster.env | settings, PATIENCE)
         except Failed as failed:
             if failed.code != 3:  # 3: this machine lacks something
                 raise
@@ -253,11 +254,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
         yield cluster
         with contextlib.suppress(BlockingIOError):  # others use it still
             fcntl.flock(alive, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _output(down, cluster.env, 60)
+            _output(down, cluster.env, PATIENCE)
     finally:
         alive.close()
         if watch and not folder.exists():
-            watch.wait(30)
+            watch.wait(PATIENCE)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

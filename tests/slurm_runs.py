@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 from calling import ROOT, Called
+from slurm_cluster import PATIENCE
 from slurm_target import metrics_of
 
 from ablations.planner import PlannedRun, plan
@@ -137,7 +138,7 @@ class Yard:
     def finished(self, *runs: str) -> None:
         """Lets the runs come to their ends; they do, once, with the numbers of runs that nothing disturbed."""
         self.orders()
-        self.done(runs, 120)
+        self.done(runs)
         for run in runs:
             assert (self.run(run).result() or {})["metrics"] == metrics_of(run)
         once(self, runs)
@@ -157,45 +158,45 @@ class Yard:
         file = self.store.root / ".slurm" / "jobs" / name.removeprefix("sdae-") / "submission.json"
         return {int(i): run for i, run in (read_json(file) or {"runs": {}})["runs"].items()}
 
-    def until(self, condition: Callable[[], T], seconds: float, what: str, identities: Sequence[str]) -> T:
+    def until(self, condition: Callable[[], T], what: str, identities: Sequence[str], seconds: float = PATIENCE) -> T:
         """`Cluster.until`, with all that is known of these runs in its message."""
-        return self.cluster.until(condition, seconds, lambda: f"{what} of {identities}\n{self.tell(identities)}")
+        return self.cluster.until(condition, lambda: f"{what} of {identities}\n{self.tell(identities)}", seconds)
 
-    def stepped(self, identity: str, step: int = 2, seconds: float = 60) -> dict[str, Any]:
+    def stepped(self, identity: str, step: int = 2) -> dict[str, Any]:
         """Waits until the run has come so far; its heartbeat."""
 
         def beat() -> dict[str, Any] | None:
             beat = self.run(identity).heartbeat() or {}
             return beat if beat.get("step", 0) >= step and self.run(identity).claimed() else None
 
-        return self.until(beat, seconds, f"step {step}", [identity]) or {}
+        return self.until(beat, f"step {step}", [identity]) or {}
 
-    def done(self, identities: Iterable[str], seconds: float = 90) -> None:
+    def done(self, identities: Iterable[str], seconds: float = PATIENCE) -> None:
         """Waits until these runs have results."""
         wanted = list(identities)
-        self.until(lambda: all(self.run(i).done for i in wanted), seconds, "results", wanted)
+        self.until(lambda: all(self.run(i).done for i in wanted), "results", wanted, seconds)
 
-    def noted(self, identity: str, event: str = "end", count: int = 1, seconds: float = 60) -> list[dict[str, Any]]:
+    def noted(self, identity: str, event: str = "end", count: int = 1) -> list[dict[str, Any]]:
         """Waits for so many notes of a kind."""
 
         def notes() -> list[dict[str, Any]] | None:
             found = [note for note in self.run(identity).notes() if note["event"] == event]
             return found if len(found) >= count else None
 
-        return self.until(notes, seconds, f"{count} x {event}", [identity]) or []
+        return self.until(notes, f"{count} x {event}", [identity]) or []
 
     def starts(self, identity: str) -> list[int]:
         """The steps at which the run's attempts began."""
         return [note["step"] for note in self.run(identity).notes() if note["event"] == "start"]
 
-    def settled(self, identity: str, *states: str, grace: float = 1.0, seconds: float = 60) -> dict[str, Any]:
+    def settled(self, identity: str, *states: str, grace: float = 1.0) -> dict[str, Any]:
         """Waits until `sweep status` says one of these of a run; its row."""
 
         def row() -> dict[str, Any] | None:
             row = self.rows(grace)[identity]
             return row if row["state"] in states else None
 
-        return self.until(row, seconds, " or ".join(states), [identity]) or {}
+        return self.until(row, " or ".join(states), [identity]) or {}
 
     def tell(self, identities: Iterable[str]) -> str:
         """All that is known, for messages."""
@@ -211,7 +212,7 @@ class Yard:
         return "\n".join(parts)
 
 
-def ended(process: subprocess.Popen[str], timeout: float = 150) -> Called:
+def ended(process: subprocess.Popen[str], timeout: float = PATIENCE) -> Called:
     out, err = process.communicate(timeout=timeout)
     return Called(process.returncode, out, err)
 
@@ -238,9 +239,9 @@ def once(yard: Yard, identities: Iterable[str]) -> None:
         assert all(note["time"] <= written for note in notes if note["event"] == "start"), (written, notes)
 
 
-def healed(yard: Yard, identities: Sequence[str], grace: float, seconds: float) -> None:
+def healed(yard: Yard, identities: Sequence[str], grace: float) -> None:
     """Calls `sweep heal` again and again, as cron would, until these runs are done."""
-    end = time.monotonic() + seconds
+    end = time.monotonic() + PATIENCE
     while not all(yard.run(identity).done for identity in identities):
         assert time.monotonic() < end, f"not in time: {yard.rows()}\n{yard.tell(identities)}"
         yard.heal(grace)

@@ -188,7 +188,7 @@ def test_latex_compiles(store: Store, tmp_path: Path) -> None:
     (tmp_path / "all.tex").write_text("\n".join(lines), encoding="utf-8")
     flags = ["-interaction=nonstopmode", "-halt-on-error", "-no-shell-escape"] if "pdflatex" in str(TEX) else []
     ran = subprocess.run(
-        [str(TEX), *flags, "all.tex"], cwd=tmp_path, capture_output=True, text=True, errors="replace", timeout=120
+        [str(TEX), *flags, "all.tex"], cwd=tmp_path, capture_output=True, text=True, errors="replace", timeout=600
     )
     assert ran.returncode == 0, ran.stdout[-2000:]
     assert (tmp_path / "all.pdf").stat().st_size > 10_000

@@ -283,4 +283,4 @@ def test_out_of_time_is_still_an_answer(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_scipy_waits_until_it_is_needed() -> None:
     code = "import sys, ablations.budget, ablations.cost; sys.exit('scipy' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], timeout=600).returncode == 0

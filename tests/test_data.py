@@ -357,7 +357,7 @@ def test_streaming_tail_after_a_broken_off_epoch(files: Data) -> None:
         assert torch.equal(a.images, b.images)
     start = time.monotonic()
     del loader
-    assert time.monotonic() - start < 30, "the workers did not end when they were told to"
+    assert time.monotonic() - start < 120, "the workers did not end when they were told to"
     halves = [list(run(files, (3,), rank=r, world=2)) for r in range(2)]
     for a, b, c in zip(whole, *halves, strict=True):
         assert torch.equal(a.images, torch.cat([b.images, c.images]))

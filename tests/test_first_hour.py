@@ -53,7 +53,7 @@ def start(here: Path, *words: object, **changes: str | None) -> subprocess.Popen
     )  # fmt: skip
 
 
-def ended(process: subprocess.Popen[str], seconds: float = 120) -> Called:
+def ended(process: subprocess.Popen[str], seconds: float = 600) -> Called:
     out, err = process.communicate(timeout=seconds)
     return Called(process.returncode, out, err)
 
@@ -167,7 +167,7 @@ def test_a_full_disk(here: Path) -> None:
     for words in (("run", "one.yaml"), ("reproduce", "table5")):
         done = subprocess.run(
             [sys.executable, "-m", "cli.main", *words], cwd=here, env=environment(PYTHONDONTWRITEBYTECODE="1"),
-            capture_output=True, text=True, preexec_fn=limited, timeout=120,
+            capture_output=True, text=True, preexec_fn=limited, timeout=600,
         )  # fmt: skip
         called = Called(done.returncode, done.stdout, done.stderr)
         assert_refused(called, "runs: the store cannot be written: ", "(make room, then the same command goes on)")
@@ -201,7 +201,7 @@ def test_a_store_that_may_only_be_read(here: Path, read_only: Path) -> None:
 # 6. Ctrl-C
 
 
-def typed(process: subprocess.Popen[bytes], terminal: int, until: Callable[[str], bool], seconds: float = 60) -> str:
+def typed(process: subprocess.Popen[bytes], terminal: int, until: Callable[[str], bool], seconds: float = 300) -> str:
     """What a process writes on its terminal, until that holds."""
     text, end = "", time.monotonic() + seconds
     while not until(text) and time.monotonic() < end:
@@ -237,9 +237,9 @@ def interrupted(
     for left in range(presses, 0, -1):
         if process.poll() is None:
             os.write(parent, b"\x03")
-            text += typed(process, parent, lambda _: process.poll() is not None, 10 if left > 1 else 120)
+            text += typed(process, parent, lambda _: process.poll() is not None, 10 if left > 1 else 300)
     text += typed(process, parent, lambda _: False, 1)
-    code = process.wait(60)
+    code = process.wait(600)
     os.close(parent)
     return code, text
 

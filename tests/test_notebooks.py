@@ -81,7 +81,7 @@ def executed(name: str, store: Path, scale: str = "smoke") -> tuple[str, list[by
         patch.setenv("SDAE_SCALE", scale)
         patch.setenv("PYTHONPATH", str(ROOT))
         patch.delenv("SDAE_PICTURE", raising=False)
-        nbclient.NotebookClient(notebook, timeout=200, resources={"metadata": {"path": str(store.parent)}}).execute()
+        nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(store.parent)}}).execute()
     shown, pictures = [], []
     for output in (output for cell in notebook.cells for output in cell.get("outputs", [])):
         data = output.get("data", {})
@@ -521,13 +521,13 @@ def lab(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     )  # fmt: skip
     yield process
     process.send_signal(signal.SIGTERM)
-    process.wait(30)
+    process.wait(600)
 
 
 def test_notebook_starts_a_real_jupyterlab(lab: subprocess.Popen[str]) -> None:
     """It answers at the address that it prints, on the notebook asked for, and serves our five."""
     assert lab.stdout is not None
-    said, match, until = "", None, time.monotonic() + 90
+    said, match, until = "", None, time.monotonic() + 300
     while match is None and time.monotonic() < until:
         line = lab.stdout.readline()
         assert line, said

@@ -77,7 +77,7 @@ def test_kill_at_random_moments(stage: str, tmp_path: Path) -> None:
             if process.poll() is None:
                 process.send_signal(signal.SIGKILL)
                 kills += 1
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=600)
         assert process.returncode in (0, -signal.SIGKILL), errors.decode()
     assert kills > 0
     assert science(undisturbed, config) == science(killed, config)
@@ -90,7 +90,7 @@ def test_sigterm_saves_and_asks_to_be_resumed(tmp_path: Path) -> None:
     while len(folder.metrics()) < 3 and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    process.communicate(timeout=600)
     assert process.returncode == 75
     assert folder.state() == "started"
     assert states(folder.checkpoints)
@@ -107,7 +107,7 @@ def test_a_signal_to_all_processes_of_a_job_step(number: signal.Signals, tmp_pat
     while len(folder.metrics()) < 3 and process.poll() is None:
         time.sleep(0.05)
     os.killpg(process.pid, number)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 75, errors.decode()
     assert folder.failure() is None
     assert states(folder.checkpoints)

@@ -129,7 +129,7 @@ def test_two_nodes_give_the_numbers_of_one_process(cluster: Cluster, tmp_path: P
         (long,) = warned.planned(file)
         warned.submit("long.yaml")
         folder = warned.run(long)  # a fast machine is done before the second heartbeat
-        warned.until(lambda: folder.metrics() and folder.metrics()[-1]["step"] >= 30, 90, "step 30", [long])
+        warned.until(lambda: folder.metrics() and folder.metrics()[-1]["step"] >= 30, "step 30", [long])
         cluster.run("scancel", "--signal=USR2", *warned.jobs(long))
         smoke = (ROOT / "ablations" / "scales" / "smoke.yaml").read_text()
         gentle = calm.folder / "gentle.yaml"  # larger steps make something of the last digit
@@ -138,8 +138,8 @@ def test_two_nodes_give_the_numbers_of_one_process(cluster: Cluster, tmp_path: P
         runs = calm.submit("long.yaml")["submitted"] + calm.submit(*words)["submitted"]
         here = calm.cli("sweep", "submit", *words, "--store", "local", "--jobs", 1)
         assert here.code == 0, here
-        calm.done(runs, 240)
-        warned.done([long], 240)
+        calm.done(runs)
+        warned.done([long])
         once(calm, runs)
         once(warned, [long])
         assert calm.starts(long) == [0]
@@ -249,11 +249,11 @@ def time_out(yard: Yard) -> None:
     (run,) = yard.planned(yard.artifact())
     yard.orders(all={"wait": True, "save": 1000})  # before the last step; states are saved at a warning alone
     yard.submit("own.yaml")
-    yard.noted(run, "start", 2, 300)
+    yard.noted(run, "start", 2)
     assert yard.states()[run] == "running"
     assert yard.heal()["submitted"] == []
     yard.orders()
-    yard.done([run], 120)
+    yard.done([run])
     assert (yard.run(run).result() or {})["metrics"] == metrics_of(run)
     once(yard, [run])
     starts = yard.starts(run)
@@ -269,7 +269,7 @@ def no_progress(yard: Yard) -> None:
     yard.orders(**{idle: {"save": 0, "steps": 10**6}, deaf: {"save": 0, "steps": 10**6, "deaf": True}})
     yard.submit("own.yaml")
     for run in (idle, deaf):
-        row = yard.settled(run, "failed", "lost", seconds=200)
+        row = yard.settled(run, "failed", "lost")
         assert (row["state"], row["failure"]["class"]) == ("failed", "NoProgress"), str(row)
     assert yard.heal()["submitted"] == []
     for run in (idle, deaf):
@@ -307,12 +307,12 @@ def failing_need(yard: Yard) -> None:
     yard.submit("own.yaml")
     row = yard.settled(pretrain, "failed", "lost")
     assert row["failure"] == {"class": "Pretended", "message": "the loss is nan at step 9", "attempt": 1}
-    yard.cluster.until(lambda: "DependencyNeverSatisfied" in str(yard.rows()[finetune]), 30, yard.cluster.queue)
+    yard.cluster.until(lambda: "DependencyNeverSatisfied" in str(yard.rows()[finetune]), yard.cluster.queue)
     assert yard.states()[finetune] == "waiting"
     healed = yard.heal()
     assert any(finetune in line for line in healed["mended"])
     assert healed["submitted"] == []
-    yard.cluster.until(lambda: not yard.jobs(finetune), 30, yard.cluster.queue)
+    yard.cluster.until(lambda: not yard.jobs(finetune), yard.cluster.queue)
     assert yard.states() == {pretrain: "failed", finetune: "waiting"}
     yard.orders()
     assert yard.submit("retry", "own.yaml")["submitted"] == [pretrain, finetune]
@@ -348,7 +348,7 @@ def dead_node(yard: Yard) -> None:
             return len(yard.starts(run)) > 1
 
         try:
-            yard.until(again, 120, "again", [run])
+            yard.until(again, "again", [run])
         finally:
             yard.cluster.start_slurmd(4)
         assert seen <= {"queued", "running"}, seen
@@ -379,9 +379,7 @@ def cancelled_by_preemption(yard: Yard) -> None:
         above = yard.cluster.sbatch("--nodelist=node3", "--cpus-per-task=2", "--wrap", "sleep 5")
         yard.noted(run)
         yard.cluster.wait(above)
-        yard.cluster.until(
-            lambda: yard.states()[run] == "lost" or len(yard.starts(run)) > 1, 90, lambda: yard.tell([run])
-        )
+        yard.cluster.until(lambda: yard.states()[run] == "lost" or len(yard.starts(run)) > 1, lambda: yard.tell([run]))
         if yard.states()[run] == "lost":
             assert yard.rows()[run]["failure"]["class"] == "Preempted"
             assert yard.heal()["submitted"] == [run]
@@ -398,7 +396,7 @@ def held_launch(yard: Yard) -> None:
             block.touch()
         try:
             run = alone(yard, 3)
-            yard.cluster.until(lambda: "held" in yard.cluster.squeue("--format=%j %r").lower(), 60, yard.cluster.queue)
+            yard.cluster.until(lambda: "held" in yard.cluster.squeue("--format=%j %r").lower(), yard.cluster.queue)
         finally:
             for block in blocks:
                 if block.is_file():

@@ -55,7 +55,7 @@ def test_what_is_missing_is_submitted_once(yard: Yard) -> None:
     assert set(yard.rows()) == set(more)  # what was handed over needs no file any more
     assert yard.heal()["submitted"] == []
     assert yard.cancel().out == f"{len(more)} runs ended\n"
-    yard.cluster.until(lambda: yard.in_queue() == [], 30, yard.cluster.queue)
+    yard.cluster.until(lambda: yard.in_queue() == [], yard.cluster.queue)
 
 
 def test_several_shells_submit_each_run_once(yard: Yard) -> None:
@@ -92,7 +92,7 @@ def test_a_submitter_that_dies_after_its_job_was_taken(yard: Yard) -> None:
     mute = f'{shutil.which("sbatch")} "$@" >/dev/null; touch {yard.folder}/taken; sleep 1000'
     first = wrapper(yard.folder / "bin", "sbatch", mute)
     shell = yard.start("sweep", "submit", "own.yaml", "--on", "slurm", "--profile", "profile.yaml", first=first)
-    yard.cluster.until(lambda: (yard.folder / "taken").exists(), 60, yard.cluster.queue)
+    yard.cluster.until(lambda: (yard.folder / "taken").exists(), yard.cluster.queue)
     shell.kill()
     shell.communicate()
     assert set(yard.states().values()) == {"queued"}
@@ -101,7 +101,7 @@ def test_a_submitter_that_dies_after_its_job_was_taken(yard: Yard) -> None:
     assert healed["submitted"] == []
     assert yard.in_queue() == sorted(runs)
     assert yard.cancel().out == "2 runs ended\n"
-    yard.cluster.until(lambda: yard.in_queue() == [], 30, yard.cluster.queue)
+    yard.cluster.until(lambda: yard.in_queue() == [], yard.cluster.queue)
 
 
 def test_cancel_ends_only_what_is_ours(yard: Yard, cluster: Cluster, house: Path) -> None:
@@ -121,7 +121,7 @@ def test_cancel_ends_only_what_is_ours(yard: Yard, cluster: Cluster, house: Path
             "runuser", "-u", "nobody", "--", "sbatch", f"--job-name={names.pop()}", "-D", "/", *words
         )
         assert yard.cancel().out == "2 runs ended\n"
-        yard.cluster.until(lambda: yard.in_queue() == [], 30, yard.cluster.queue)
+        yard.cluster.until(lambda: yard.in_queue() == [], yard.cluster.queue)
         assert other.in_queue() == sorted(mine)
         assert cluster.state(plain) == "PENDING"
         assert cluster.state(namesake) == "PENDING PENDING"
@@ -230,7 +230,7 @@ def test_without_accounting(yard: Yard) -> None:
     yard.submit("own.yaml", first=off)
     beat = yard.stepped(run, 3)
     os.kill(beat["pid"], signal.SIGKILL)
-    yard.cluster.until(lambda: not yard.jobs(run), 60, yard.cluster.queue)
+    yard.cluster.until(lambda: not yard.jobs(run), yard.cluster.queue)
     words = ("sweep", "status", "--json", "--grace", 2)
 
     def lost() -> bool:
@@ -239,7 +239,7 @@ def test_without_accounting(yard: Yard) -> None:
         return bool(row["state"] == "lost")
 
     assert not lost()
-    yard.cluster.until(lost, 30, lambda: yard.tell([run]))
+    yard.cluster.until(lost, lambda: yard.tell([run]))
     called = yard.cli("sweep", "heal", "--grace", 2, "--json", first=off)
     assert json.loads(called.out)["submitted"] == [run]
     yard.finished(run)
@@ -271,7 +271,7 @@ def test_without_a_controller(yard: Yard, cluster: Cluster) -> None:
     finally:
         cluster.restart_controller()
     # It has not heard of what ended meanwhile, runs that again, and may end what waited for it
-    healed(yard, runs, 10, 120)
+    healed(yard, runs, 10)
     once(yard, runs)
     assert all(yard.starts(run) == [0] for run in runs)
 

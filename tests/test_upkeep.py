@@ -513,7 +513,7 @@ def test_it_asks_and_is_refused_where_nobody_can_be_asked(tmp_path: Path) -> Non
             cwd=ROOT, stdin=child, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         os.write(parent, word.encode())
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=600)
         os.close(parent)
         os.close(child)
         assert "Remove " in err
