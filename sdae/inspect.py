@@ -185,17 +185,14 @@ def samples(run: RunFolder, count: int, which: Split = "val") -> list[Pixels]:
 
 def finished(run: RunFolder) -> Pretrain:
     """The config of a finished pre-training whose weights are still there; else UserError."""
-    result: dict[str, Any] | None = run.result()
-    if result is None:
-        raise UserError(f"{run.path}: this run is not done")
-    if result.get("stage") != "pretrain":
-        raise UserError(f"{run.id}: is a {result.get('stage')} run (allowed: a pre-training)")
+    result = run.outcome()
+    config = parse(result.get("config"), run.id)
+    if not isinstance(config, Pretrain):
+        raise UserError(f"{run.id}: is a {config.stage} run (allowed: a pre-training)")
     if result.get("synthetic"):
         raise UserError(f"{run.id}: is synthetic: its result was made up, and there are no weights")
     if not any(run.checkpoints.glob("*.safetensors")):
         raise UserError(f"{run.id}: no checkpoint is left in {run.checkpoints} (remove {run.path} and run it again)")
-    config = parse(result["config"], run.id)
-    assert isinstance(config, Pretrain)
     return config
 
 
@@ -203,7 +200,7 @@ def _trained(run: RunFolder) -> tuple[Pretrain, SdAE | MAE, torch.device]:
     """Student with decoder and teacher as they were at the end, in evaluation mode."""
     config, name = finished(run), "model.safetensors"
     method, device = build(config), _device(config)
-    method.load_state_dict(load_weights(run.checkpoints / name, (run.result() or {})["weights"].get(name))[0])
+    method.load_state_dict(load_weights(run.checkpoints / name, run.outcome()["weights"].get(name))[0])
     return config, method.to(device).eval(), device
 
 

@@ -378,6 +378,16 @@ def test_runs_that_cannot_be_looked_into(store: Store, tmp_path: Path) -> None:
     for look in (lambda: similarity_map(copy, [photograph()]), lambda: neighbours(copy), lambda: samples(copy, 1)):
         with pytest.raises(UserError, match=rf"{run.id}: no checkpoint is left in .*run it again"):
             look()
+    result = copy.path / "result.json"
+    whole = json.loads(result.read_text())
+    for odd, said in (
+        ({"weights": None}, "tells of no weights"),
+        ({"config": None}, "expected a mapping of keys"),
+        ({"config": {"stage": "cost"}}, r"is a cost run \(allowed: a pre-training\)"),
+    ):
+        result.write_text(json.dumps(whole | odd))
+        with pytest.raises(UserError, match=said):
+            neighbours(copy)
 
 
 # Drawing
