@@ -372,7 +372,6 @@ def eight_pictures(source: Path, root: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_overfits_eight_pictures_of_coco(real: Callable[[str], Path], tmp_path: Path) -> None:
     eight_pictures(real("coco-mini-482"), tmp_path / "eight")
     config = small(

@@ -284,7 +284,6 @@ def test_shapes_and_parameters_of_the_paper_s_network() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_vit_b_at_512_takes_a_training_step() -> None:
     config = parse({"stage": "segment", "data": {"name": "builtin"}, "precision": "fp32"})
     assert isinstance(config, Segment)

@@ -104,7 +104,6 @@ def compare(yard: Yard, *artifacts: str, parallel: int = 3, **profile: Any) -> l
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_all_artifacts_have_the_numbers_of_the_local_executor(cluster: Cluster, tmp_path: Path) -> None:
     """Each kind of arm once (see `shorten`)."""
     yard = Yard(cluster, tmp_path / "yard", checkout(tmp_path / "house", pretend=False))
