@@ -6,8 +6,8 @@ BIN := $(VENV)/bin
 PYTHON ?=
 JOBS ?= 2
 
-.PHONY: setup reproduce test trust trust-crash trust-concurrency trust-fuzz trust-mutation trust-soak trust-reconcile \
-	trust-slurm trust-claims lint clean
+.PHONY: setup reproduce test trust trust-crash trust-concurrency trust-fuzz trust-mutation trust-coverage trust-soak \
+	trust-reconcile trust-slurm trust-claims lint clean
 
 setup: $(VENV)/.installed
 
@@ -38,7 +38,7 @@ test: setup
 TRUST ?= trust
 PLAY := @mkdir -p $(TRUST) && OMP_NUM_THREADS=1 $(BIN)/python
 
-trust: trust-crash trust-concurrency trust-fuzz trust-mutation trust-soak trust-reconcile trust-slurm trust-claims
+trust: trust-crash trust-concurrency trust-fuzz trust-mutation trust-coverage trust-soak trust-reconcile trust-slurm trust-claims
 
 trust-crash: setup
 	$(PLAY) tests/crash_campaign.py --out $(TRUST)/crash.json --every kill power --kills 500
@@ -48,6 +48,8 @@ trust-fuzz: setup
 	$(PLAY) tests/fuzz_campaign.py --minutes 10 --out $(TRUST)/fuzz.json
 trust-mutation: setup
 	$(PLAY) tests/mutation_campaign.py --count 300 --out $(TRUST)/mutation.json
+trust-coverage: setup
+	$(PLAY) tests/coverage_campaign.py --jobs $(JOBS) --out $(TRUST)/coverage.json
 trust-soak: setup
 	$(PLAY) tests/soak.py --minutes 120 --out $(TRUST)/soak.json
 trust-reconcile: setup

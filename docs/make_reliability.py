@@ -182,11 +182,34 @@ def mutation(found: dict[str, Any]) -> Told:
     )
 
 
+def coverage(found: dict[str, Any]) -> Told:
+    rooms = found["rooms"]
+    share = {room: of["taken"] / of["branches"] for room, of in rooms.items()}
+    body = [
+        [f"{room}{'' if '.' in room else '/'}", f"{of['branches']:,}", f"{of['taken']:,}", f"{share[room]:.1%}"]
+        for room, of in rooms.items()
+    ]
+    text = (
+        "\n## Branches\n\nWhat the fast tests take of the branches of the rooms that guard runs and numbers; what"
+        " processes of their own do\nis not counted.\n"
+        + (f"Tests left out: {', '.join(f'`{word}`' for word in found['words'])}.\n" if found["words"] else "")
+        + ("Some tests failed in that call.\n" if found["tests"] else "")
+        + "\n"
+        + table(["room", "branches", "taken", "share"], body)
+    )
+    least = min(share, key=lambda room: share[room])
+    total = sum(of["branches"] for of in rooms.values())
+    tried = f"{total:,} of {len(rooms)} rooms, {share[least]:.1%} or more of each taken"
+    return ["branches", tried, f"{sum(value < 0.9 for value in share.values())} rooms below 90%"], text, 0
+
+
 def counted(value: Any) -> int:
     return value if isinstance(value, int) else len(value)
 
 
-SECTIONS = {"crash": crash, "concurrency": concurrency, "soak": soak, "fuzz": fuzz, "mutation": mutation}
+SECTIONS = {
+    "crash": crash, "concurrency": concurrency, "soak": soak, "fuzz": fuzz, "mutation": mutation, "coverage": coverage,
+}  # fmt: skip
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -92,6 +92,11 @@ def _values(node: yaml.Node, known: dict[int, float]) -> float:
 class _UniqueKeys(yaml.SafeLoader):
     """Safe YAML that refuses a key given twice instead of silently taking the last."""
 
+    def fetch_flow_collection_start(self, TokenClass: Any) -> None:  # noqa: N803
+        if self.flow_level >= DEEPEST:  # seconds for a thousand, by the square of them
+            raise RecursionError
+        super().fetch_flow_collection_start(TokenClass)  # type: ignore[no-untyped-call]
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:

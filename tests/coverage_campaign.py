@@ -1,7 +1,7 @@
 """How many branches of the guarded rooms the tests take: `python tests/coverage_campaign.py --out FILE [pytest words]`.
 
-The fast tests under coverage.py, or those that pytest's words leave, each room in FILE. Exit code 1 where a test fails or a room
-has less than 90 % of its branches; what processes of their own do is not counted.
+The fast tests under coverage.py, or those that pytest's words leave, each room in FILE. Exit code 1 where a test fails
+or a room has less than 90 % of its branches; what processes of their own do is not counted.
 """
 
 from __future__ import annotations

@@ -295,6 +295,7 @@ def test_ctrl_c_that_compiled_code_wraps_in_its_own_error(here: Path) -> None:
     script = """
 import os, signal
 import cli.main
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
 def command(**_):
     try:
         os.kill(os.getpid(), signal.SIGINT)
