@@ -28,6 +28,8 @@ def execute(config: Config, store: Store, *, progress: Any = None) -> dict[str, 
     with folder.claim() as mine:
         if not mine:
             raise AlreadyRunning("another process is running it")
+        if result := folder.result():  # finished by another between the look and the claim
+            return result
         stopped: list[int] = []
         before = signal.signal(signal.SIGTERM, lambda number, _: stopped.append(number))
         print(f"began {time.time()} threads {os.environ['OMP_NUM_THREADS']}")
