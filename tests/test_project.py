@@ -14,6 +14,9 @@ from typing import Any
 import pytest
 import yaml
 from conftest import tiny
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 
 from ablations.planner import plan
 from ablations.scale import Scale, load_scale, scale_epochs, scales
@@ -79,6 +82,27 @@ def test_every_requirement_is_pinned_and_nothing_else_is_said() -> None:
         package = re.match(r"[\w-]+", requirement)[0].lower()  # type: ignore[index]
         assert package in pins, f"constraints.txt does not pin {package}"
     assert not any(package.startswith(("nvidia", "cuda")) for package in pins), "torch pins those itself"
+
+
+def test_what_the_requirements_bring_is_pinned_too_and_every_pin_takes_our_oldest_python() -> None:
+    """What pip may choose is other tomorrow, or takes an hour of trying; a pin that a Python lacks ends its set-up."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = {canonicalize_name(line.split("==")[0]) for line in lines if "==" in line}
+    asked = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
+    oldest = re.fullmatch(r">=([\d.]+)", asked)[1] + ".0"  # type: ignore[index]
+    left, seen = [("sdae-suite", "test")], set()
+    while left:
+        package, extra = left.pop()
+        for requirement in map(Requirement, metadata.requires(package) or ()):
+            if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
+                needs = [(canonicalize_name(requirement.name), more) for more in ("", *sorted(requirement.extras))]
+                left += [need for need in needs if need not in seen]
+                seen |= set(needs)
+    brought = {package for package, _ in seen}
+    torchs = {package for package in brought if package.startswith(("nvidia", "cuda", "triton"))}
+    assert sorted(brought - torchs - pins - {"pip", "setuptools"}) == []
+    wants = {package: metadata.metadata(package)["Requires-Python"] for package in brought}
+    assert [f"{p} {want}" for p, want in wants.items() if want and not SpecifierSet(want).contains(oldest)] == []
 
 
 def test_the_version_is_in_the_changelog() -> None:
