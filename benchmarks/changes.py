@@ -36,7 +36,6 @@ from sdae.stages.cost import Bench
 from sdae.stages.session import Session
 from sdae.training.optimizers import parameter_groups
 
-STEPS = 200  # over which losses are compared
 MOMENTUM = 0.99
 Undo = Callable[[], contextlib.AbstractContextManager[Any]]
 
@@ -151,11 +150,11 @@ def main() -> None:
     head, tail = {"benchmark": "changes", "device": device.type, "size": options.size}, origin()
     rows: list[dict[str, Any]] = []
     for precision in options.precision:
-        wanted = trained(contextlib.nullcontext, precision, session)
+        wanted = trained(contextlib.nullcontext, precision, session, options.steps)
         for change in [change for change in CHANGES if change.here(device, precision)]:
-            found = trained(change.undo, precision, session)
+            found = trained(change.undo, precision, session, options.steps)
             apart = max(abs(a - b) / abs(b) for a, b in zip(found, wanted, strict=True))
-            row = compared(change, precision, options, session) | {"losses": apart, "steps": STEPS}
+            row = compared(change, precision, options, session) | {"losses": apart, "steps": options.steps}
             spread = f"x {row['ratio']:.3f} ({row['low']:.3f} to {row['high']:.3f})"
             print(f"{precision:5} {change.name:42} {spread}  losses {apart:.1e}", flush=True)
             rows.append(row)
@@ -163,11 +162,11 @@ def main() -> None:
                 write_atomically(options.json, json.dumps({**head, "rows": rows, **tail}, indent=1) + "\n")
 
 
-def trained(undo: Undo, precision: str, session: Session) -> list[float]:
-    """Losses of `STEPS` steps at a small size."""
+def trained(undo: Undo, precision: str, session: Session, steps: int) -> list[float]:
+    """Losses of so many steps at a small size."""
     step = Step(sized("nano", precision, 8), session, undo)
     with undo():
-        return torch.stack([step.once() for _ in range(STEPS)]).tolist()
+        return torch.stack([step.once() for _ in range(steps)]).tolist()
 
 
 def compared(change: Change, precision: str, options: argparse.Namespace, session: Session) -> dict[str, Any]:
@@ -192,6 +191,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--precision", type=words(PRECISIONS), default=list(PRECISIONS))
     parser.add_argument("--batch", type=int)
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--steps", type=int, default=200, help="over which losses are compared")
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--json", type=Path, help="also write the rows, versions and hardware to this file")
     return parser.parse_args()

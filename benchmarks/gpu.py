@@ -140,7 +140,7 @@ def step(options: argparse.Namespace, deadline: float) -> dict[str, Any]:
 
 def changes(options: argparse.Namespace, deadline: float) -> dict[str, Any]:
     sizes = (
-        ["--size", "nano", "--precision", "fp32", "--repeats", 1, "--cpu"] if options.dry
+        ["--size", "nano", "--precision", "fp32", "--repeats", 1, "--steps", 20, "--cpu"] if options.dry
         else ["--size", "vit_base", "--precision", "bf16", "--repeats", 5]
     )  # fmt: skip
     return with_json([HERE / "changes.py", *sizes], deadline)

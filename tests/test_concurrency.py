@@ -75,6 +75,7 @@ for number in range(40):
     counts, wrong = play(f"0 {number}", whole)
     if wrong:
         print(wrong)
+    if any(word in wrong for word in sys.argv[2:]):
         break
 """
 
@@ -84,7 +85,7 @@ for number in range(40):
     ("what", "words"), [("claims", ("by two at a time", "was finished 2 times")), ("index", ("the index is wrong",))]
 )
 def test_the_campaign_finds(what: str, words: tuple[str, ...]) -> None:
-    done = python("-c", BROKEN, what)
+    done = python("-c", BROKEN, what, *words)
     assert any(word in done.stdout for word in words), done.stdout + done.stderr
 
 

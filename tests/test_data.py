@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from calling import assert_ends
+from conftest import PLAIN
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -409,7 +410,7 @@ def tiny_imagenet(tmp_path: Path) -> Path:
     with tarfile.open(archive) as tar:
         for member in tar:
             if member.name.split("/")[2:3] in (["n01443537"], ["n01629819"], ["n01641577"]):
-                tar.extract(member, tmp_path, filter="data")
+                tar.extract(member, tmp_path, **PLAIN)
     return tmp_path / "tiny-imagenet-200"
 
 

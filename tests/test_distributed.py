@@ -37,12 +37,16 @@ def torchrun(config: Config, store: Path, ranks: int = 2) -> subprocess.Complete
     store.mkdir(exist_ok=True)
     file = store.with_suffix(".yaml")
     file.write_text(yaml.safe_dump(dump(config)))
-    words = ["-m", "torch.distributed.run", "--nproc-per-node", ranks, "--master-addr", "127.0.0.1"]
-    words += ["--master-port", free_port(), "-m", "cli.main", "run", file, "--store", store]
-    return subprocess.run(
-        [sys.executable, *map(str, words)], capture_output=True, text=True, timeout=600, cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    words = ["-m", "torch.distributed.run", "--nproc-per-node", ranks, "--master-addr", "127.0.0.1", "--master-port"]
+    for _ in range(5):
+        more = [free_port(), "-m", "cli.main", "run", file, "--store", store]
+        done = subprocess.run(
+            [sys.executable, *map(str, words + more)], capture_output=True, text=True, timeout=600, cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        if "EADDRINUSE" not in done.stderr:  # else another took the port while torch was imported
+            break
+    return done
 
 
 def numbers(folder: RunFolder) -> tuple[list[int], list[float], list[float]]:

@@ -169,7 +169,7 @@ def test_told_to_stop_it_lets_runs_save_and_goes_on_later(number: signal.Signals
 
 
 def test_killed_it_leaves_no_worker_behind(store: Store, table5: Sweep) -> None:
-    process = start(store, "0.3")
+    process = start(store, "3")
     process.kill()
     process.communicate()
     assert go(table5, store).ok  # what the orphans still hold is waited for or taken over

@@ -81,7 +81,8 @@ def executed(name: str, store: Path, scale: str = "smoke") -> tuple[str, list[by
         patch.setenv("SDAE_SCALE", scale)
         patch.setenv("PYTHONPATH", str(ROOT))
         patch.delenv("SDAE_PICTURE", raising=False)
-        nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(store.parent)}}).execute()
+        patience = {"timeout": 600, "startup_timeout": 600, "iopub_timeout": 60}
+        nbclient.NotebookClient(notebook, **patience, resources={"metadata": {"path": str(store.parent)}}).execute()
     shown, pictures = [], []
     for output in (output for cell in notebook.cells for output in cell.get("outputs", [])):
         data = output.get("data", {})

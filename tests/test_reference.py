@@ -14,8 +14,8 @@ from make_reference_losses import FILE, VIEWS, cases, losses
 
 # What torch 2.11 and 2.14 compute here is the same to the bit. Another instruction set adds up in another order (one
 # ulp of a loss is 1.2e-7): with AVX2 against none the losses of 50 steps differ by up to 2.2e-7, the teacher's distance
-# by up to 4.0e-7. A mistake is far larger: a momentum of 0.951 for 0.95 moves a loss by 2e-3.
-TOLERANCE = {"loss": 1e-6, "teacher_distance": 2e-6, "target_std": 2e-6}
+# by up to 4.0e-7; AVX-512 was not at hand. A mistake is far larger: a momentum of 0.951 for 0.95 moves a loss by 2e-3.
+TOLERANCE = {"loss": 5e-6, "teacher_distance": 1e-5, "target_std": 1e-5}
 CASES = cases()
 RECORDED: dict[str, dict[str, list[float]]] = json.loads(FILE.read_text())
 

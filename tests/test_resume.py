@@ -84,7 +84,7 @@ def test_kill_at_random_moments(stage: str, tmp_path: Path) -> None:
 
 
 def test_sigterm_saves_and_asks_to_be_resumed(tmp_path: Path) -> None:
-    config = tiny("pretrain", optim={"epochs": 40}, efficiency={"checkpoint_minutes": 60})
+    config = tiny("pretrain", optim={"epochs": 400}, efficiency={"checkpoint_minutes": 60})
     process = start(config, tmp_path / "store", tmp_path)
     folder = Store(tmp_path / "store").run(run_id(config))
     while len(folder.metrics()) < 3 and process.poll() is None:

@@ -128,7 +128,6 @@ def test_two_processes_give_the_numbers_of_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
 def test_it_overfits_eight_pictures_of_camvid(real: Callable[[str], Path], tmp_path: Path) -> None:
     """Frames reduced to 80 x 60 pixels, so that it takes two minutes on one core; each is one crop, and one window."""
     root = real("camvid-11")

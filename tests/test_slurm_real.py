@@ -117,7 +117,7 @@ def test_all_artifacts_have_the_numbers_of_the_local_executor(cluster: Cluster, 
 def test_two_nodes_give_the_numbers_of_one_process(cluster: Cluster, tmp_path: Path) -> None:
     """To 1e-6, with steps so small that no rounding grows; and bit for bit those of two nodes that nobody has warned,
     made to save and requeued."""
-    warned, calm = (Yard(cluster, tmp_path / name, nodes=2, cpus=1) for name in ("warned", "calm"))
+    warned, calm = (Yard(cluster, tmp_path / name, nodes=2, cpus=1, time="60") for name in ("warned", "calm"))
     row = {"runs": {"pretrain": {"recipe": "sdae", "optim": {"epochs": 3000}}}}
     columns = {"loss": {"run": "pretrain", "metric": "loss"}}
     try:
@@ -135,10 +135,10 @@ def test_two_nodes_give_the_numbers_of_one_process(cluster: Cluster, tmp_path: P
         gentle.write_text(smoke.replace("base_lr: 4.0e-3", "base_lr: 2.0e-5"))
         words = ("own.yaml", "--scale", gentle)
         runs = calm.submit("long.yaml")["submitted"] + calm.submit(*words)["submitted"]
-        here = calm.cli("sweep", "submit", *words, "--store", "local", "--jobs", 1)
+        here = ended(calm.start("sweep", "submit", *words, "--store", "local", "--jobs", 1), 1200)
         assert here.code == 0, here
-        calm.done(runs)
-        warned.done([long])
+        calm.done(runs, 1200)
+        warned.done([long], 1200)
         once(calm, runs)
         once(warned, [long])
         assert calm.starts(long) == [0]
@@ -166,7 +166,6 @@ def numbers(folder: RunFolder) -> dict[str, float]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
 def test_twenty_faults_at_random_moments(cluster: Cluster, house: Path, tmp_path: Path) -> None:
     seed = int(os.environ.get("SDAE_SEED", "0"))
     print("seed", seed)
@@ -219,9 +218,13 @@ def requeue(yard: Yard) -> None:
     yard.stepped(run, 4)
     (job,) = yard.jobs(run)
     yard.cluster.run("scontrol", "requeue", job)
-    seen = set()
-    while len(yard.starts(run)) < 2:
+    seen: set[str] = set()
+
+    def again() -> bool:
         seen.add(yard.states()[run])
+        return len(yard.starts(run)) > 1
+
+    yard.until(again, "another start", [run])
     assert seen <= {"queued", "running"}, seen
     assert yard.heal()["submitted"] == []
     yard.finished(run)

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -89,10 +90,11 @@ def test_a_submitter_that_dies_after_its_job_was_taken(yard: Yard) -> None:
     """heal finds the array by its name."""
     yard.profile(**HELD)
     runs = yard.ids(2)
-    mute = f'{shutil.which("sbatch")} "$@" >/dev/null; touch {yard.folder}/taken; sleep 1000'
+    taken = yard.folder / "taken"
+    mute = f'{shutil.which("sbatch")} "$@" >/dev/null; touch {taken}; while kill -0 $PPID; do sleep 0.2; done'
     first = wrapper(yard.folder / "bin", "sbatch", mute)
     shell = yard.start("sweep", "submit", "own.yaml", "--on", "slurm", "--profile", "profile.yaml", first=first)
-    yard.cluster.until(lambda: (yard.folder / "taken").exists(), yard.cluster.queue)
+    yard.cluster.until(taken.exists, yard.cluster.queue)
     shell.kill()
     shell.communicate()
     assert set(yard.states().values()) == {"queued"}
@@ -156,8 +158,16 @@ def test_arrays_are_split_where_slurm_wants_it(yard: Yard, cluster: Cluster) -> 
     finally:
         yard.forget()
         cluster.cancel_all()
-        cluster.run("sacctmgr", "--immediate", "delete", "user", "root", "account=few")
-        cluster.run("sacctmgr", "--immediate", "delete", "account", "few")
+        for what in (("user", "root", "account=few"), ("account", "few")):  # accounting lags behind the queue
+            cluster.until(partial(deleted, cluster, *what), cluster.queue)
+
+
+def deleted(cluster: Cluster, *what: str) -> bool:
+    try:
+        cluster.run("sacctmgr", "--immediate", "delete", *what)
+    except AssertionError:
+        return False
+    return True
 
 
 FULL = """array=$(grep -oP '(?<=--array=)[0-9,-]+' "${{@: -1}}")

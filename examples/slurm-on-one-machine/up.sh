@@ -277,19 +277,19 @@ if ! alive "$dir/run/mariadbd.pid"; then
         mv "$dir/db.new" "$dir/db"
     fi
     start mariadbd setsid -f mariadbd --defaults-file="$dir/etc/my.cnf"
-    wait_for 60 mariadbd mariadb --no-defaults --socket="$dir/run/mariadb.sock" --user=root -e "
+    wait_for 240 mariadbd mariadb --no-defaults --socket="$dir/run/mariadb.sock" --user=root -e "
         create database if not exists slurm_acct_db;
         create user if not exists slurm@'127.0.0.1' identified by 'slurm';
         grant all on slurm_acct_db.* to slurm@'127.0.0.1';"
 fi
 if ! alive "$dir/run/slurmdbd.pid"; then
     start slurmdbd slurmdbd
-    wait_for 60 slurmdbd sacctmgr -n show cluster
+    wait_for 240 slurmdbd sacctmgr -n show cluster
 fi
 [ -n "$(sacctmgr -n show cluster here format=cluster)" ] || sacctmgr -i add cluster here >/dev/null
 if ! alive "$dir/run/slurmctld.pid"; then
     start slurmctld slurmctld -f "$SLURM_CONF"
-    wait_for 60 slurmctld scontrol ping
+    wait_for 240 slurmctld scontrol ping
 fi
 for ((i = 1; i <= nodes; i++)); do
     alive "$dir/run/slurmd-node$i.pid" && continue
@@ -304,7 +304,7 @@ all_up() {  # a state that ends in * is that of a node which does not answer
     [ "$(sinfo -h -N -p main -o %T | grep -cE '^(idle|mixed|allocated|completing)$')" = "$nodes" ]
 }
 export -f all_up; export nodes
-wait_for 60 "every node" bash -c all_up
+wait_for 240 "every node" bash -c all_up
 
 say "up in $(($(date +%s) - began)) s: $(sinfo -h -p main -o '%D nodes %T, each %c CPUs, %m MB, %G' | paste -sd ';' | sed 's/, (null)//g')"
 echo "use it:    . $dir/env.sh"

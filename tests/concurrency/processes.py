@@ -35,7 +35,7 @@ import slurm.worker  # noqa: E402
 from sdae import provenance  # noqa: E402
 
 STACKS = 500  # descriptor of the file to which a process tells where it is
-LONGEST = 15.0  # seconds that a worker may take to end
+LONGEST = 120.0  # seconds that a worker may take to end
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 LATER = (  # what the suite imports where it is needed: it would be read by every child again
     "sdae.training.checkpoints", "sdae.training.telemetry", "sdae.stages.session", "sdae.released", "analysis.check",

@@ -38,7 +38,7 @@ from slurm.sweep import end, hand_over, look, take_back
 
 ACTORS = 8
 STORM = 0.3  # seconds
-PATIENCE = 15.0  # seconds after which a process hangs
+PATIENCE = 120.0  # seconds after which a process hangs
 HOURS = 3 * 3600.0  # that go by between a storm and the next commands
 DAY = 25 * 3600.0  # after which what was being written on other machines is taken for left
 RACES = 0.5  # share of rounds that begin with all actors at one run

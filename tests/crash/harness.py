@@ -24,7 +24,7 @@ from crash.commands import STAGES, Command, commands, copy, left, whole
 from crash.disk import Disk, Style, read_tree
 
 TESTS = Path(__file__).resolve().parents[1]
-SECONDS = 60.0  # that a command may take
+SECONDS = 300.0  # that a command may take
 NONE, KILL, SIGNAL, ERROR, CLOCK = range(5)  # as in layer.c
 HOURS = 3600
 POWER: tuple[Style, ...] = ("strict", "names", "random")
@@ -124,7 +124,7 @@ class Yard:
     def close(self) -> None:
         assert self.server.stdin is not None
         self.server.stdin.close()
-        self.server.wait(30)
+        self.server.wait(300)
 
     def __enter__(self) -> Yard:
         return self
