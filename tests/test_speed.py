@@ -1,4 +1,5 @@
-"""What makes a run fast must leave its numbers alone: each setting over 200 steps, with and without it."""
+"""What makes a run fast must leave its numbers alone: each setting over 200 steps, with and without it; some that
+have had theirs over 64 more, together."""
 
 from __future__ import annotations
 
@@ -40,6 +41,7 @@ from sdae.training import attention, loop, parallel
 from sdae.training.checkpoints import load_weights
 from sdae.training.distributed import World
 from sdae.training.loop import Stop
+from sdae.yamls import merge
 
 CPU = torch.device("cpu")
 TOLERANCE = 1e-5  # of a loss, where only rounding may differ
@@ -47,9 +49,10 @@ TOLERANCE = 1e-5  # of a loss, where only rounding may differ
 LONG = {"optim": {"epochs": 25, "base_lr": 0.032}, "efficiency": {"log_every": 1, "checkpoint_minutes": 60}}
 
 
-def long(stage: str = "pretrain", **changes: Any) -> Config:
-    from sdae.yamls import merge
+SHORT = {"optim": {"epochs": 8}}  # 64 steps of settings together that have their 200 in another test
 
+
+def long(stage: str = "pretrain", **changes: Any) -> Config:
     return tiny(stage, **merge(LONG, changes))
 
 
@@ -325,10 +328,16 @@ execute(load(sys.argv[1]), Store(sys.argv[2]))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("further", [{"micro_batch": 2}, {"checkpointing": True}, {"fsdp": True}], ids=str)
-def test_two_compiled_processes_give_the_numbers_of_one(further: dict[str, Any], tmp_path: Path) -> None:
-    eager = losses(Store(tmp_path / "a"), long())
-    config = long(efficiency={"compile": True, **further})
+@pytest.mark.parametrize(
+    ("further", "steps"),
+    [({"micro_batch": 2}, {}), ({"checkpointing": True}, SHORT), ({"fsdp": True}, SHORT)],
+    ids=["micro-batch", "checkpointing", "fsdp"],
+)
+def test_two_compiled_processes_give_the_numbers_of_one(
+    further: dict[str, Any], steps: dict[str, Any], tmp_path: Path
+) -> None:
+    eager = losses(Store(tmp_path / "a"), long(**steps))
+    config = long(**steps, efficiency={"compile": True, **further})
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(dump(config)))
     (tmp_path / "run.py").write_text(COMPILED_ON_CPU)
     words = ["-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-addr", "127.0.0.1"]
@@ -347,12 +356,18 @@ def test_two_compiled_processes_give_the_numbers_of_one(further: dict[str, Any],
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "efficiency",
-    [{"fsdp": True}, {"fsdp": True, "checkpointing": True, "micro_batch": 2}, {"checkpointing": True}],
+    ("efficiency", "steps"),
+    [
+        ({"fsdp": True}, {}),
+        ({"fsdp": True, "checkpointing": True, "micro_batch": 2}, SHORT),
+        ({"checkpointing": True}, SHORT),
+    ],
     ids=["fsdp", "fsdp-checkpointing-micro", "ddp-checkpointing"],
 )
-def test_shared_weights_give_the_numbers_of_one_process(efficiency: dict[str, Any], tmp_path: Path) -> None:
-    changes = {"probe": {"knn_every": 4, "pictures": 45}, "optim": {"clip": 1.0}}
+def test_shared_weights_give_the_numbers_of_one_process(
+    efficiency: dict[str, Any], steps: dict[str, Any], tmp_path: Path
+) -> None:
+    changes = merge({"probe": {"knn_every": 4, "pictures": 45}, "optim": {"clip": 1.0}}, steps)
     alone = long(**changes)
     execute(alone, Store(tmp_path / "one"))
     shared = long(**changes, efficiency=efficiency)
@@ -411,10 +426,10 @@ def test_a_run_goes_on_shared_and_not_shared(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fsdp", [False, True])
-def test_gradients_exchanged_in_bf16(fsdp: bool, tmp_path: Path) -> None:
-    config = long(optim={"bf16_gradients": True}, efficiency={"fsdp": fsdp})
-    exact, alone = losses(Store(tmp_path / "a"), long()), losses(Store(tmp_path / "b"), config)
+@pytest.mark.parametrize(("fsdp", "steps"), [(False, {}), (True, SHORT)], ids=["ddp", "fsdp"])
+def test_gradients_exchanged_in_bf16(fsdp: bool, steps: dict[str, Any], tmp_path: Path) -> None:
+    config = long(**merge({"optim": {"bf16_gradients": True}, "efficiency": {"fsdp": fsdp}}, steps))
+    exact, alone = losses(Store(tmp_path / "a"), long(**steps)), losses(Store(tmp_path / "b"), config)
     done = torchrun(config, tmp_path / "c")
     assert done.returncode == 0, done.stderr
     together = numbers(Store(tmp_path / "c").run(run_id(config)))[1]
