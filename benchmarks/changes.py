@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import json
 import statistics
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -143,6 +144,9 @@ CHANGES = [
 ]
 
 
+LIMITS = {"fp32": 1e-5, "bf16": 2e-2}  # of the losses' relative difference on a CPU: rounding, grown over 200 steps
+
+
 def main() -> None:
     options = arguments()
     session = session_of(options)
@@ -160,6 +164,9 @@ def main() -> None:
             rows.append(row)
             if options.json:  # what is known so far: a program that is killed has not worked in vain
                 write_atomically(options.json, json.dumps({**head, "rows": rows, **tail}, indent=1) + "\n")
+    far = [row for row in rows if not row["losses"] <= LIMITS[row["precision"]]]
+    if far and device.type == "cpu":
+        sys.exit(f"error: losses lie further apart than {LIMITS}: {', '.join(row['change'] for row in far)}")
 
 
 def trained(undo: Undo, precision: str, session: Session, steps: int) -> list[float]:

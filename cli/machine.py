@@ -80,8 +80,12 @@ def prepare(
     from sdae.data.packing import prepare as pack
     from slurm.machine import cpus
 
+    def announce(pictures: int, estimate: int, free: int) -> None:
+        note(f"{pictures:,} pictures take about {estimate / 1e9:,.3f} GB, {free / 1e9:,.3f} GB are to be had")
+
+    processes = cpus() if workers is None else workers
     with progress("packing", "pictures") as tell:
-        report = pack(folder, out, form.value, side, cpus() if workers is None else workers, on_error.value, tell)
+        report = pack(folder, out, form.value, side, processes, on_error.value, tell, announce=announce)
     if json:
         return emit(report)
     print(
@@ -108,7 +112,8 @@ def verify_(
     else:
         for damage in report["damaged"]:
             say(f"{damage['file']}: {damage['problem']}")
-        state = f"{len(report['damaged'])} damaged" if report["damaged"] else "all as they were written"
+        cure = f"{len(report['damaged'])} damaged: delete {folder} and pack again"
+        state = cure if report["damaged"] else "all as they were written"
         print(f"{folder}: {report['files']} files, {report['bytes'] / 1e9:,.3f} GB, {state}")
     if report["damaged"]:
         raise typer.Exit(1)
@@ -126,15 +131,17 @@ def progress(verb: str, unit: str) -> Iterator[Callable[[int, int], None]]:
             task = drawn.add_task(verb)
             yield lambda done, total: drawn.update(task, completed=done, total=total)
         return
-    began = told = time.monotonic()
+    last: tuple[float, int] | None = None  # the line before: the rate since then is today's, whatever was there already
 
     def line(done: int, total: int) -> None:
-        nonlocal told
+        nonlocal last
         now = time.monotonic()
-        if now - told >= LINE_SECONDS and done:
-            told = now
-            left = (now - began) * (total - done) / done
+        if last is None:
+            last = (now, done) if done else None
+        elif now - last[0] >= LINE_SECONDS and done > last[1]:
+            left = (now - last[0]) * (total - done) / (done - last[1])
             note(f"{verb}: {done:,} of {total:,} {unit}, {timedelta(seconds=round(left))} left")
+            last = now, done
 
     yield line
 

@@ -82,7 +82,8 @@ def feeding(store: Store, scale: str, seconds: float = 10.0) -> list[dict[str, A
     config, cores = _pretraining(scale), cpus()
     assert isinstance(config.data, Data)
     found = bench(config.data, config.efficiency.workers, seconds)
-    pictures = "made pictures of 500 x 375, as the scale's are not here" if found["made"] else "the scale's pictures"
+    made = f"made pictures of 500 x 375, as the scale's cannot be used: {found['made']}"
+    pictures = made if found["made"] else "the scale's pictures"
     rows = []
     for form, rate in found["rates"].items():
         text = f"{rate['per_core']:,.0f} images/s per core up to the device, {rate['all']:,.0f} in all, cut and "
@@ -108,17 +109,24 @@ def advice(found: dict[str, Any], wanted: float, cores: int, workers: int) -> tu
         return None, f"memory feeds {rates[source]['all']:,.0f}: cropping on {found['device']} is what takes the time"
     if found["device"] == "cpu" and rates[source]["all"] < wanted <= rates[source]["per_core"]:
         return None, f"{source} feeds enough, cutting and normalizing on the processor does not"
+    slow: list[str] = []
     for form in ("files", "shards", "raw")[("files", "shards", "raw").index(source) :]:
         if form not in rates:
             continue
         need = math.ceil(wanted / rates[form]["per_core"])
         if need > cores:
             continue
+        if form != source and rates[form]["all"] < wanted and max(workers, 1) >= need:
+            slow.append(form)  # measured with enough workers: the processor is not what it waits for
+            continue
         if form == source:
             idle = f"{need} of {cores} cores suffice, if they are idle"
             return None, f"efficiency.workers: {need}" if need > workers else idle
         command = f"sdae-cli data prepare FOLDER --out DIR --form {form}"
         return None, f"{command}, then data: {{name: packed, path: DIR}} and efficiency.workers: {need}"
+    if slow:
+        fed = f"{slow[-1]} feeds {rates[slow[-1]]['all']:,.0f}"
+        return False, f"{fed}: cutting and normalizing on {found['device']} is what takes the time"
     best = max(rates, key=lambda form: rates[form]["per_core"])
     most = f"even {best} feeds {rates[best]['per_core']:,.0f} per core"
     return False, f"{most}, and there are {cores}: more cores for each GPU"

@@ -9,6 +9,7 @@ import os
 import pickle
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -29,7 +30,7 @@ from PIL import Image
 from sdae.data import Loader, crop, feed, fingerprint, open_dataset, packing
 from sdae.data.datasets import read, subset
 from sdae.data.packed import Mapped, Shards
-from sdae.errors import UserError
+from sdae.errors import BrokenInput, UserError
 from sdae.run import execute
 from sdae.sections import Data
 from sdae.store import Store
@@ -361,7 +362,7 @@ def test_too_little_room_is_told_before_anything_is_written(
 # What is wrong with the source
 
 
-@pytest.mark.parametrize("change", ["more", "gone", "touched"])
+@pytest.mark.parametrize("change", ["more", "class", "gone", "touched"])
 def test_a_folder_that_changes_is_named(folder: Path, tmp_path: Path, change: str) -> None:
     victim = folder / "train" / "bee" / "002.jpg"
 
@@ -369,20 +370,67 @@ def test_a_folder_that_changes_is_named(folder: Path, tmp_path: Path, change: st
         if done == total:
             if change == "more":
                 shutil.copy(victim, folder / "train" / "bee" / "new.jpg")
+            elif change == "class":
+                for split in ("train", "val"):
+                    shutil.copytree(folder / split / "bee", folder / split / "cow", dirs_exist_ok=True)
             elif change == "gone":
                 victim.unlink(missing_ok=True)
             else:
                 os.utime(victim, (1, 1))
 
-    name = "train/bee/new.jpg is new" if change == "more" else "train/bee/002.jpg"
+    name = {"more": "train/bee/new.jpg is new", "class": "class cow is new"}.get(change, "train/bee/002.jpg")
     with pytest.raises(UserError, match=name) as caught:
         pack(folder, tmp_path / "out", progress=alter)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out" / "manifest.json").exists()
-    with pytest.raises(UserError, match=r"train/bee has changed since it began to be packed: delete"):
+    again = "train/cow is new" if change == "class" else "train/bee has changed"
+    with pytest.raises(UserError, match=f"{again} since it began to be packed: delete"):
         pack(folder, tmp_path / "out")
     shutil.rmtree(tmp_path / "out")
     pack(folder, tmp_path / "out")
+
+
+def test_a_source_that_has_changed_since_it_was_packed(folder: Path, tmp_path: Path) -> None:
+    pack(folder, tmp_path / "out")
+    os.utime(folder / "train" / "bee" / "002.jpg", (1, 1))  # copied, say
+    pack(folder, tmp_path / "out")
+    shutil.copy(folder / "train" / "bee" / "002.jpg", folder / "train" / "bee" / "new.jpg")
+    with pytest.raises(UserError, match=f"train/bee has changed.*delete {tmp_path / 'out'} and pack again"):
+        pack(folder, tmp_path / "out")
+    shutil.rmtree(folder)
+    assert pack(folder, tmp_path / "out")["train"] == 18
+
+
+def test_a_killed_worker_is_told(tmp_path: Path) -> None:
+    """As the kernel ends one when memory is short."""
+    folder = make_folder(tmp_path / "set", {"ant": (600, 3)})
+    pack(folder, tmp_path / "whole")
+
+    def strike(done: int, total: int) -> None:
+        for process in multiprocessing.active_children():
+            os.kill(process.pid or 0, signal.SIGKILL)
+
+    with pytest.raises(UserError, match=r"a packing process was killed.*fewer --workers than 2") as caught:
+        pack(folder, tmp_path / "out", workers=2, progress=strike)
+    assert "\n" not in str(caught.value)
+    assert not list((tmp_path / "out").glob(".*")), "half a file is left"
+    pack(folder, tmp_path / "out")
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_small_sets_have_parts_to_share(tmp_path: Path) -> None:
+    """Below the size of one part, too: several processes are of use, and a resume has whole parts."""
+    folder = make_folder(tmp_path / "set", {"ant": (150, 3)})
+    pack(folder, tmp_path / "out", part_bytes=packing.PART_BYTES)
+    assert len(list((tmp_path / "out").glob("train-*.shard"))) == 3
+
+
+@pytest.mark.parametrize("target", ["nowhere.jpg", "link.jpg"], ids=["dangling", "looping"])
+def test_a_link_to_nowhere_is_an_unreadable_picture(folder: Path, tmp_path: Path, target: str) -> None:
+    (folder / "train" / "bee" / "link.jpg").symlink_to(target)
+    with pytest.raises(UserError, match=r"bee/link\.jpg.*--on-error skip"):
+        pack(folder, tmp_path / "out")
+    assert pack(folder, tmp_path / "out", on_error="skip")["skipped"] == ["train/bee/link.jpg"]
 
 
 def test_a_picture_that_changes_before_its_turn(folder: Path, tmp_path: Path) -> None:
@@ -504,6 +552,7 @@ def test_one_packer_at_a_time(folder: Path, tmp_path: Path) -> None:
 def test_progress_in_a_pipe(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cli.machine.LINE_SECONDS", 0.0)
     called = prepare(folder, tmp_path / "out", "--form", "raw", "--side", SIDE, "--json")
+    assert "27 pictures take about 0.000 GB" in called.err.splitlines()[0]
     assert "packing: 5 of 27 pictures" in called.err
     json.loads(called.out)
 
@@ -513,14 +562,21 @@ def test_progress_in_a_pipe(folder: Path, tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_what_a_machine_feeds(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = feed.bench(of(folder, "imagefolder"), 0, 0.6)
-    assert (found["source"], found["made"]) == ("files", False)
+    assert (found["source"], found["made"]) == ("files", None)
     assert set(found["rates"]) == {"files", "shards", "raw"}
     assert all(rate > 0 for form in found["rates"].values() for rate in form.values())
     pack(folder, tmp_path / "out", "raw")
     assert set(feed.bench(of(tmp_path / "out"), 0, 0.2)["rates"]) == {"raw"}
     monkeypatch.setattr(feed, "SAMPLE", 8)
     made = feed.bench(of(tmp_path / "nothing", "imagefolder", image_size=224), 0, 0.3)
-    assert made["made"]
+    assert "no such folder" in made["made"]
+
+
+def test_a_broken_picture_is_named_where_it_lies(folder: Path) -> None:
+    """Not in the sample, which is gone by then."""
+    (folder / "train" / "ant" / "000.jpg").write_bytes(b"junk")
+    with pytest.raises(BrokenInput, match=str(folder / "train" / "ant" / "000.jpg")):
+        feed.bench(of(folder, "imagefolder"), 0, 0.6)
 
 
 def test_the_doctor_measures_the_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -552,12 +608,41 @@ def test_what_the_doctor_advises(wanted: float, ok: bool | None, says: str) -> N
     assert says in told[1]
 
 
+def test_the_doctor_promises_no_form_that_it_has_measured_to_be_too_slow() -> None:
+    rates = {"files": (500, 950), "shards": (1000, 1900), "raw": (30_000, 4_000)}
+    by_form = {form: {"per_core": one, "all": all_} for form, (one, all_) in rates.items()}
+    told = advice({"source": "files", "device": "cpu", "rates": by_form}, 20_000, 16, 2)
+    assert told == (False, "raw feeds 4,000: cutting and normalizing on cpu is what takes the time")
+
+
 # Odd notes
 
 
 def interrupt(done: int, total: int) -> None:
     if done:
         raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda rows: rows[1:],
+        lambda rows: [[*rows[0][:1], rows[0][1] + 1, *rows[0][2:]], *rows[1:]],
+        lambda rows: [[500, *rows[0][1:]], *rows[1:]],
+        lambda rows: [rows[0], *rows[:-1]],
+        lambda rows: [[1], *rows[1:]],
+    ],
+    ids=["fewer", "longer", "no picture", "twice", "torn"],
+)
+def test_a_part_with_odd_rows_is_packed_again(change: Any, folder: Path, tmp_path: Path) -> None:
+    pack(folder, tmp_path / "whole")
+    note = tmp_path / "out" / "unfinished" / "train-00000.json"
+    with pytest.raises(KeyboardInterrupt):
+        pack(folder, tmp_path / "out", progress=lambda done, total: interrupt(note.exists(), total))
+    values = json.loads(note.read_text())
+    note.write_text(json.dumps({**values, "rows": change(values["rows"])}))
+    pack(folder, tmp_path / "out")
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("note", ["[1]", '{"a": 1}', '{"file": 3, "skipped": [], "rows": []}', '{"file": "../x"}'])

@@ -517,6 +517,17 @@ def test_a_deadline_lets_the_arms_save_themselves(tmp_path: Path) -> None:
     assert not ended["troubles"]
 
 
+def test_no_change_that_is_always_made_moves_a_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over 200 steps each, as they were measured."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from changes import LIMITS
+
+    rows = json.loads((ROOT / "results" / "performance" / "changes.json").read_text())["rows"]
+    assert {row["steps"] for row in rows} == {200}
+    assert {row["precision"] for row in rows} == {"fp32", "bf16"}
+    assert [row for row in rows if not row["losses"] <= LIMITS[row["precision"]]] == []
+
+
 def test_pages_are_those_that_the_files_make() -> None:
     done = subprocess.run(
         [sys.executable, "docs/make_performance.py", "--check"], cwd=ROOT, capture_output=True, text=True,

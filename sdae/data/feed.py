@@ -19,6 +19,7 @@ from PIL import Image
 
 from sdae.data import builtin
 from sdae.data.datasets import Dataset, Files, Resident, open_dataset, subset
+from sdae.data.fingerprint import SPLITS
 from sdae.data.loader import Loader
 from sdae.data.packed import Mapped, Shards
 from sdae.data.packing import prepare
@@ -32,17 +33,17 @@ FORMS = ("files", "shards", "raw")
 
 
 def bench(data: Data, workers: int, seconds: float = 10.0) -> dict[str, Any]:
-    """{"source": files | shards | raw | memory, "made": whether pictures were made up as data's are not here, "device",
+    """{"source": files | shards | raw | memory, "made": why pictures had to be made up, or null, "device",
     "workers", "rates": {form: {"per_core", "all"}} in images/s}. Files are tried in the packed forms as well."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory(prefix="sdae-feed-") as scratch:
-        folder, made = Path(scratch), False
+        folder, made = Path(scratch), None
         try:
             dataset = open_dataset(data, "train")
-        except UserError:
+        except UserError as error:
             if data.name not in ("imagefolder", "packed"):
                 raise
-            made = True
+            made = str(error)
             data = _plain(data, "imagefolder", make_pictures(folder / "made", SAMPLE))
             dataset = open_dataset(data, "train")
         source = form_of(dataset)
@@ -99,9 +100,9 @@ def speed(counts: Iterable[int], seconds: float) -> float:
 def link_sample(dataset: Files, folder: Path) -> None:
     """A folder in ImageNet's layout with links to some of the files, of one class."""
     some = subset(dataset, SAMPLE)
-    for split, numbers in (("train", range(len(some))), ("val", range(1))):
+    for split in SPLITS:  # all in both: a few may be unreadable
         (folder / split / "some").mkdir(parents=True)
-        for i in numbers:
+        for i in range(len(some)):
             path = Path(some.path_of(i)).absolute()
             (folder / split / "some" / f"{i:04d}{path.suffix}").symlink_to(path)
 

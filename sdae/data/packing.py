@@ -15,7 +15,9 @@ import contextlib
 import fcntl
 import hashlib
 import io
+import itertools
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -24,42 +26,34 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import connection, forkserver, resource_tracker
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple
+from typing import IO, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sdae.data.fingerprint import MANIFEST, PACKED_FORMAT, SPLITS, manifest, manifest_digest, pictures_of, scan
+from sdae.data.fingerprint import MANIFEST, PACKED_FORMAT, SPLITS, manifest, manifest_digest, scan
 from sdae.data.randomness import permutation
+from sdae.data.survey import UNSEEN, Picture, Source, difference, digests, look, odd_class, survey
 from sdae.errors import UserError
 from sdae.files import OURS, checksum, encodable, flush, make_folder, read_record, to_json, write_atomically
 
 Form = Literal["shards", "raw"]
 OnError = Literal["raise", "skip"]
 Progress = Callable[[int, int], None]
+Announce = Callable[[int, int, int], None]
 SUFFIX = {"shards": "shard", "raw": "raw"}
 PART_BYTES = 256_000_000
+PARTS = 16  # at least, of a set that has the pictures: several processes share them, a resume goes on with whole ones
 SAMPLE = 64  # pictures that tell how large the packed ones become
 QUALITY = 95
 MARGIN = 1.05  # of the estimate: a sample is not the whole
 UNFINISHED = "unfinished"
 SIDES = (32, 4096)
 OWN = re.compile(r"(train|val)(\.npy|-\d{5,}-[0-9a-f]+\.(shard|raw))|\.(train|val)-\d{5,}\.\d+\.tmp")  # files in OUT
-
-
-class Picture(NamedTuple):
-    """A file of the source, `name` relative to the split's folder, as it was when packing began."""
-
-    name: str
-    label: int
-    bytes: int
-    mtime_ns: int
-
-
-Source = dict[str, list[Picture]]
 
 
 @dataclass(frozen=True)
@@ -98,20 +92,31 @@ class Part:
         """The note of a part that is whole: file, bytes, sha256, rows, skipped."""
         found = read_record(self.note) or {}
         name, skipped, rows = str(found.get("file")), found.get("skipped"), found.get("rows")
-        lists = isinstance(skipped, list) and isinstance(rows, list)
-        if not (OWN.fullmatch(name) and lists) or (skipped and self.job.on_error == "raise"):
+        if not (OWN.fullmatch(name) and isinstance(skipped, list) and isinstance(rows, list)):
+            return None
+        if (skipped and self.job.on_error == "raise") or not self._has(rows, len(skipped), found.get("bytes")):
             return None
         file, said = self.job.out / name, (found.get("bytes"), found.get("sha256"))
         return found if file.is_file() and (file.stat().st_size, checksum(file)) == said else None
+
+    def _has(self, rows: list[Any], skipped: int, total: Any) -> bool:
+        """Whether rows tell of this part's pictures, each once and in order, and of all bytes."""
+        if not all(isinstance(row, list) and [*map(type, row)] == [int] * 4 and min(row) >= 0 for row in rows):
+            return False
+        numbers = [-1, *(row[0] for row in rows), len(self.pictures)]
+        rising = all(before < after for before, after in itertools.pairwise(numbers))
+        return rising and len(rows) + skipped == len(self.pictures) and sum(row[1] for row in rows) == total
 
 
 def prepare(
     source: Path, out: Path, form: Form, side: int = 256, workers: int = 1, on_error: OnError = "raise",
     progress: Progress = lambda done, total: None, part_bytes: int = PART_BYTES,
+    announce: Announce = lambda pictures, estimate, free: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Packs `source` into `out`, or goes on with it; returns what the manifest says, with `folder`, `bytes` and
-    `estimate`. `progress(pictures done, pictures in all)` is called all along. Raises `UserError`: bad arguments, no
-    room, a source that changes, an unreadable picture (on_error: raise), a disk that takes no more."""
+    `estimate`. `announce(pictures, bytes estimated, bytes to be had)` comes first, `progress(pictures done, pictures in
+    all)` all along. Raises `UserError`: bad arguments, no room, a source that changes, an unreadable picture (on_error:
+    raise), a disk that takes no more, a process that was killed."""
     if not SIDES[0] <= side <= SIDES[1]:
         raise UserError(f"--side {side}: allowed are {SIDES[0]} to {SIDES[1]} pixels")
     if workers < 1:
@@ -126,10 +131,12 @@ def prepare(
         raise UserError(f"{source}: a class folder with a name that is not UTF-8: {encodable(odd[0])} (rename it)")
     before = survey(job.source, classes)
     plan, fresh = _plan(job, classes, before, part_bytes)
-    _must_fit(job, sum(map(len, before.values())), plan["estimate"])
+    pictures = sum(map(len, before.values()))
+    free = _must_fit(job, pictures, plan["estimate"])
     with _locked(job, plan if fresh else None):
         if (out / MANIFEST).exists():  # another packer was first
             return _finished(job)
+        announce(pictures, plan["estimate"], free)
         parts = [
             Part(job, split, n, before[split][start : start + plan["per_part"]])
             for split in SPLITS
@@ -137,6 +144,9 @@ def prepare(
         ]
         _clear(job, parts)
         notes = _pack(parts, workers, progress)
+        if (now := scan(job.source)[0]) != classes:
+            name = sorted(set(now) ^ set(classes))[0]
+            raise _changed(job, f"class {encodable(name)} is {'new' if name in now else 'gone'}")
         if change := difference(before, survey(job.source, classes)):
             raise _changed(job, change)
         return _finish(job, classes, before, parts, notes) | {"estimate": plan["estimate"]}
@@ -168,45 +178,6 @@ def _problem(file: Path, facts: dict[str, Any]) -> str | None:
         return str(error.strerror or error)
 
 
-# The source
-
-
-def survey(source: Path, classes: tuple[str, ...]) -> Source:
-    """Every picture of both splits, class by class, with bytes and mtime. Raises `UserError` for one that is gone."""
-    found: Source = {split: [] for split in SPLITS}
-    for split in SPLITS:
-        for label, name in enumerate(classes):
-            folder = source / split / name
-            try:
-                for file in pictures_of(folder):
-                    facts = os.stat(folder / file)
-                    found[split].append(Picture(f"{name}/{file}", label, facts.st_size, facts.st_mtime_ns))
-            except OSError as error:
-                raise UserError(f"{error.filename or folder}: cannot be read: {error.strerror}") from None
-    return found
-
-
-def difference(before: Source, after: Source) -> str | None:
-    """The first file that is not what it was, and how many there are."""
-    changes = []
-    for split in SPLITS:
-        old, new = ({picture.name: picture for picture in source[split]} for source in (before, after))
-        for name in sorted(old.keys() | new.keys()):
-            if old.get(name) != new.get(name):
-                how = "is new" if name not in old else "is gone" if name not in new else "has changed"
-                changes.append(f"{split}/{name} {how}")
-    return f"{changes[0]}{f' and {len(changes) - 1} more' if changes[1:] else ''}" if changes else None
-
-
-def _digests(classes: tuple[str, ...], source: Source) -> dict[str, str]:
-    """Of each class folder, over names, bytes and mtimes."""
-    sums = {f"{split}/{name}": hashlib.sha256() for split in SPLITS for name in classes}
-    for split in SPLITS:
-        for picture in source[split]:
-            sums[f"{split}/{classes[picture.label]}"].update(f"{picture}\n".encode(errors="surrogateescape"))
-    return {name: found.hexdigest()[:16] for name, found in sums.items()}
-
-
 def _changed(job: Job, what: str) -> UserError:
     return UserError(f"{job.source}: {what} since it began to be packed: delete {job.out} and pack again")
 
@@ -217,23 +188,26 @@ def _changed(job: Job, what: str) -> UserError:
 def _plan(job: Job, classes: tuple[str, ...], source: Source, part_bytes: int) -> tuple[dict[str, Any], bool]:
     """The plan of the packing that was begun in `out`, or a new one, and whether it is new. Writes nothing."""
     plan = read_record(job.out / UNFINISHED / "plan.json")
-    digests = _digests(classes, source)
+    seen = digests(classes, source, times=True)
     if plan is not None:
         _same_job(job, plan)
         if not isinstance(plan.get("digests"), dict) or not isinstance(plan.get("per_part"), int):
             raise _changed(job, "what was begun cannot be read: something has changed")
-        if odd := [n for n in sorted(digests | plan["digests"]) if digests.get(n) != plan["digests"].get(n)]:
-            raise _changed(job, f"{odd[0]} has changed")
+        if odd := odd_class(plan["digests"], seen):
+            raise _changed(job, odd)
         return plan, False
     if job.out.exists() and (not job.out.is_dir() or {p.name for p in job.out.iterdir()} - {UNFINISHED}):
         raise UserError(f"--out {job.out}: holds something else (allowed: a new folder, or one that packing began)")
     each = _bytes_of_one(job, source)
-    estimate = round(sum(map(len, source.values())) * each * (1 if job.form == "raw" else MARGIN))
-    plan = {"format": PACKED_FORMAT, **job.asked(), "per_part": max(1, round(part_bytes / each)), "estimate": estimate}
-    return {**plan, "digests": digests}, True
+    pictures = sum(map(len, source.values()))
+    estimate = round(pictures * each * (1 if job.form == "raw" else MARGIN))
+    per_part = max(1, min(round(part_bytes / each), max(SAMPLE, math.ceil(pictures / PARTS))))
+    plan = {"format": PACKED_FORMAT, **job.asked(), "per_part": per_part, "estimate": estimate, "digests": seen}
+    return plan, True
 
 
-def _must_fit(job: Job, pictures: int, estimate: int) -> None:
+def _must_fit(job: Job, pictures: int, estimate: int) -> int:
+    """How many bytes there are to be had, those that are packed already among them. Raises `UserError` for too few."""
     above = next(folder for folder in (job.out.absolute(), *job.out.absolute().parents) if folder.exists())
     there = sum(file.stat().st_size for file in job.out.glob(f"*.{SUFFIX[job.form]}"))
     free = shutil.disk_usage(above).free
@@ -242,6 +216,7 @@ def _must_fit(job: Job, pictures: int, estimate: int) -> None:
             f"--out {job.out}: {pictures:,} pictures take about {estimate / 1e9:,.3f} GB, there are "
             f"{(free + there) / 1e9:,.3f} GB to be had (allowed: another disk, a smaller --side, or --form shards)"
         )
+    return free + there
 
 
 def _same_job(job: Job, begun: dict[str, Any]) -> None:
@@ -270,6 +245,11 @@ def _finished(job: Job) -> dict[str, Any]:
     _same_job(job, facts)
     if facts["skipped"] and job.on_error == "raise":
         raise UserError(f"--out {job.out}: was packed with --on-error skip, without {', '.join(facts['skipped'])}")
+    packed = facts.get("digests")
+    if isinstance(packed, dict) and job.source.is_dir():  # what is packed may outlive its source
+        classes, _ = scan(job.source)
+        if odd := odd_class(packed, digests(classes, survey(job.source, classes), times=False)):
+            raise _changed(job, odd)
     shutil.rmtree(job.out / UNFINISHED, ignore_errors=True)
     return _report(job, facts) | {"estimate": None}
 
@@ -360,10 +340,15 @@ def _pack(parts: list[Part], workers: int, progress: Progress) -> list[dict[str,
                     future.result()
                 progress(pictures.value, total)
             return [future.result() for future in futures]
-        except BaseException:
+        except BaseException as error:
             stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
-            raise
+            if not isinstance(error, BrokenProcessPool):
+                raise
+            job = parts[0].job
+            _clear(job, parts)
+            killed = "a packing process was killed, as for want of memory; the same command goes on, with fewer"
+            raise UserError(f"--out {job.out}: {killed} --workers than {workers} perhaps") from None
 
 
 def make_part(part: Part, told: Callable[[int], None] | None = None) -> dict[str, Any]:
@@ -399,12 +384,8 @@ def _fill(part: Part, file: IO[bytes], told: Callable[[int], None] | None) -> di
     skipped: list[str] = []
     for n, picture in enumerate(part.pictures):
         path = job.source / part.split / picture.name
-        try:
-            facts = os.stat(path)
-        except OSError:
-            raise _changed(job, f"{part.split}/{picture.name} is gone") from None
-        if (facts.st_size, facts.st_mtime_ns) != (picture.bytes, picture.mtime_ns):
-            raise _changed(job, f"{part.split}/{picture.name} has changed")
+        if (seen := look(path)) != (picture.bytes, picture.mtime_ns):
+            raise _changed(job, f"{part.split}/{picture.name} {'is gone' if seen == UNSEEN else 'has changed'}")
         try:
             content, height, width = _packed_bytes(job, str(path))
         except UnreadableError as error:
@@ -472,7 +453,7 @@ def _finish(
         files[f"{split}.npy"] = {"bytes": len(buffer.getvalue()), "sha256": digest}
         skipped += [name for _, note in mine for name in note["skipped"]]
     facts = {"format": PACKED_FORMAT, **job.asked(), "classes": classes, "counts": counts, "skipped": skipped}
-    facts |= {"parts": names, "files": files}
+    facts |= {"parts": names, "files": files, "digests": digests(classes, source, times=False)}
     facts["digest"] = manifest_digest(facts)
     write_atomically(job.out / MANIFEST, to_json(facts))
     shutil.rmtree(job.out / UNFINISHED, ignore_errors=True)
