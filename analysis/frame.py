@@ -113,6 +113,7 @@ _VERSION = hashlib.sha256(repr([2, FORMAT, sorted((k, str(v)) for k, v in _TYPES
 _MAPPER = {TEXT: pd.StringDtype("pyarrow"), WHOLE: pd.Int64Dtype(), TRUTH: pd.BooleanDtype()}
 _DENSE = ("miou", "macc", "aacc", "apb", "apb50", "apb75", "apm", "apm50", "apm75")
 _PLAIN = (*_DENSE, "top1", "top5", "loss", "knn_top1", "time", "overhead", "memory", "images_per_s", "mfu")
+_NEUTRAL = [(name.partition(".")[0], name.partition(".")[2], neutral) for name, neutral in NEUTRAL.items()]
 INDEX = "index.parquet"
 MOST_INDEX = 2**30  # bytes
 MOST_METRICS = 1000  # of a result: each is a column of every run's row
@@ -173,13 +174,10 @@ def config_hash(config: dict[str, Any]) -> tuple[str, str]:
     init = config.get("init")
     if init and init.get("digest") and str(init.get("weights")).startswith("file:"):
         init["weights"] = "file"
-    for key, neutral in NEUTRAL.items():
-        *parents, leaf = key.split(".")
-        owner: Any = config
-        for parent in parents:
-            owner = owner.get(parent) if isinstance(owner, dict) else None
-        if isinstance(owner, dict) and leaf in owner and owner[leaf] == neutral:
-            del owner[leaf]
+    for section, key, neutral in _NEUTRAL:
+        owner = config.get(section)
+        if isinstance(owner, dict) and key in owner and owner[key] == neutral:
+            del owner[key]
     seed, run = config.pop("seed", None), init.get("run") if init else None
     if init and run:
         init["run"] = None

@@ -172,10 +172,16 @@ def plain_file(path: str, flags: int) -> int:
 
 def read_plain(path: str | Path, most: int = LARGEST) -> bytes:
     """The bytes of a plain file. OSError, and ValueError where it has more than `most`."""
-    with open(path, "rb", buffering=0, opener=plain_file) as file:
-        if (size := os.fstat(file.fileno()).st_size) > most:
+    descriptor = plain_file(os.fspath(path), os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if (size := os.fstat(descriptor).st_size) > most:
             raise ValueError(f"{size:,} bytes (allowed: {most:,})")
-        return file.readall()
+        content = os.read(descriptor, size + 1)
+        while len(content) <= most and (more := os.read(descriptor, 1 << 20)):  # grown meanwhile, or read in pieces
+            content += more
+        return content
+    finally:
+        os.close(descriptor)
 
 
 def read_json(path: Path) -> Any:
