@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from ablations.planner import Artifact, available
@@ -21,12 +21,7 @@ SUFFIXES = {"md": "md", "latex": "tex", "html": "html", "csv": "csv", "json": "j
 
 
 def publish(
-    store: Store,
-    artifacts: Sequence[Artifact],
-    scale: str | Path,
-    seeds: Sequence[int],
-    out: Path,
-    tell: Callable[[str], None] = lambda _: None,
+    store: Store, artifacts: Sequence[Artifact], scale: str | Path, seeds: Sequence[int], out: Path
 ) -> list[Path]:
     """Writes OUT/ARTIFACT.{md,tex,html,csv,json}, OUT/FIGURE.{png,svg,pdf}, OUT/claims.{md,json}, OUT/report.{html,tex}
 
@@ -52,7 +47,6 @@ def publish(
         files += save(panels, out, "figure4")
         page += ["![Figure 4](figure4.png)", ""]
     for table in found.tables.values():
-        tell(table.artifact)
         contents: dict[str, str | bytes] = {suffix: render(table, format) for format, suffix in SUFFIXES.items()}
         if table.kind == "figure":
             drawings[table.artifact] = drawn([table])

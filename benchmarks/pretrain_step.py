@@ -64,7 +64,6 @@ VIEWS: dict[str, dict[str, Any]] = {
 }
 MODES = ("eager", "compiled", "graphs")
 PRECISIONS = ("fp32", "bf16")
-INSTANCES = 64  # of one class in one process, each compiled by itself; torch would stop at eight and go on eagerly
 
 
 class Variant(NamedTuple):
@@ -81,10 +80,7 @@ def main() -> None:
     session = session_of(options)
     device = session.world.device
     if set(options.modes) != {"eager"}:
-        from torch._dynamo import config as compiler
-
         parallel.COMPILED_ON.add(device.type)
-        compiler.recompile_limit = INSTANCES
     setting = {k: v for k, v in vars(options).items() if k != "json"}
     head, tail = {"benchmark": "pretrain_step", "device": device.type, "options": setting}, origin()
 

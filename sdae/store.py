@@ -351,11 +351,6 @@ def number(record: Mapping[str, Any], key: str) -> float:
     return float(value) if plain else 0.0  # type: ignore[arg-type]
 
 
-def could_be_a_run(name: str) -> bool:
-    """Whether a folder of a store is looked into; names that cannot be encoded or shown are none of the suite's."""
-    return not name.startswith(".") and "-" in name and name.isprintable()
-
-
 def _token(claim: Any) -> str:
     token = str(claim.get("token", "")) if isinstance(claim, dict) else ""
     return token if re.fullmatch(r"[\w.-]*", token) else ""  # it becomes part of a file's name
@@ -412,7 +407,8 @@ class Store:
         """Ids of the run folders, sorted: of names that no terminal shows `results check` tells."""
         try:
             with os.scandir(self.root) as entries:
-                return sorted(e.name for e in entries if could_be_a_run(e.name) and e.is_dir())
+                named = (e for e in entries if not e.name.startswith(".") and "-" in e.name and e.name.isprintable())
+                return sorted(e.name for e in named if e.is_dir())
         except (FileNotFoundError, NotADirectoryError):
             return []
 

@@ -12,7 +12,6 @@ from sdae.store import GRACE_SECONDS, Store
 from slurm.cluster import Busy, Limits, NoSlurm, Refused, Slurm, Unanswered
 from slurm.heal import abandoned, cancel, cancellable, forgive, mend
 from slurm.ledger import Ledger
-from slurm.local import EXECUTE
 from slurm.look import Survey, last_submission, settle, survey
 from slurm.profile import Profile, load_profile
 from slurm.submit import Report, chosen, dry_run, submit
@@ -58,7 +57,6 @@ def hand_over(
     failed: bool = False,
     grace: float = GRACE_SECONDS,
     slurm: Slurm | None = None,
-    target: str = EXECUTE,
 ) -> Outcome:
     """Submits what nobody has; with `failed`, what has failed too. Raises UserError where Slurm is absent or refuses,
     Unanswered where it does not answer."""
@@ -73,7 +71,7 @@ def hand_over(
         wanted = chosen(runs, found, failed=failed)
         if failed:
             forgive(wanted, found)
-        outcome.report = submit(wanted, store, slurm, profile, found, scale=scale, target=target)
+        outcome.report = submit(wanted, store, slurm, profile, found, scale=scale)
     except Busy as error:
         raise Unanswered(f"{error}: nothing was submitted") from None
     return outcome
