@@ -81,7 +81,9 @@ def prepare(
     from slurm.machine import cpus
 
     def announce(pictures: int, estimate: int, free: int) -> None:
-        note(f"{pictures:,} pictures take about {estimate / 1e9:,.3f} GB, {free / 1e9:,.3f} GB are to be had")
+        if not json:
+            say(f"{pictures:,} pictures take about {estimate / 1e9:,.3f} GB, {free / 1e9:,.3f} GB are to be had")
+            sys.stdout.flush()
 
     processes = cpus() if workers is None else workers
     with progress("packing", "pictures") as tell:
