@@ -380,7 +380,7 @@ class Efficiency(Strict):
     micro_batch: Positive | None = None
     attention: Literal["auto", "flash", "efficient", "cudnn", "math"] = "auto"
     checkpointing: bool = False
-    threads: Positive | None = None
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     log_every: Positive = 50
     checkpoint_minutes: Annotated[float, Field(ge=0)] = 10.0
